@@ -1,0 +1,969 @@
+"""Mask DINO (arXiv 2206.02777): one transformer that detects objects and segments them. The whole model, in the order in which data flows.
+
+    import maskdino
+    model, classes = maskdino.load("runs/shapes/checkpoint.pth")
+    predictions = model.predict(["photo.jpg"])         # [{scores, labels, boxes, masks}], in pixels of the photo
+
+As DINO (arXiv 2203.03605), except
+- every prediction has a mask: the query's embedding times a pixel embedding map (section 3.4, equation 1);
+- the queries come from encoder tokens that already predict class, box and mask, and their anchors from those masks (section 3.5);
+- denoising, matching and losses know masks, too (section 3.6).
+Where the released code and the paper disagree, a comment says so; we follow the code where its checkpoints depend on it.
+
+Notation, here and in every other file
+    B batch, Q queries, T denoising queries, G denoising groups, K classes, N objects (in the batch's fullest image)
+    L levels, from high to low resolution everywhere; S tokens = sum of H * W over levels
+    C channels, M heads, P points (of the attention per head and level; of the losses per mask)
+    R prediction sets: the selection, the initial prediction, one for each decoder layer
+    boxes are cxcywh in 0..1 of the padded image unless a name says otherwise; masks are logits until compared with 0
+"""
+import dataclasses
+import difflib
+import math
+import os
+import pickle
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Self
+from urllib.error import URLError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import FrozenBatchNorm2d, box_convert, sigmoid_focal_loss
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from kernels import ms_deform_attn
+
+
+class ConfigError(ValueError):
+    """A configuration, checkpoint or command line that cannot be used: one sentence that names the thing and the remedy."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- configuration
+@dataclass(frozen=True)
+class Config:
+    """Everything that defines a run: model, data and schedule. The defaults are Mask DINO R50, 50 epochs, as released."""
+    # model
+    model: Literal["maskdino"] = "maskdino"
+    task: Literal["detection", "instance"] = "instance"              # detection: no masks anywhere (Table 11, "box only")
+    backbone: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    backbone_norm: Literal["frozen", "batch", "group"] = "frozen"    # frozen only makes sense with trained weights
+    backbone_weights: str = "imagenet"                               # imagenet | none | a path
+    levels: tuple[int, ...] = (8, 16, 32, 64)                        # strides of the encoder's levels; past 32 by extra convolutions
+    decoder_levels: int = 0                                          # how many of them, finest first, the decoder sees (Table 10); 0 = all
+    hidden: int = 256
+    heads: int = 8
+    attention_points: int = 4
+    enc_layers: int = 6
+    enc_ffn: int = 2048
+    dec_layers: int = 9                                              # Table 12
+    dec_ffn: int = 2048
+    queries: int = 300
+    two_stage: bool = True                                           # queries selected from encoder tokens; else learned
+    content_queries: Literal["selected", "learned"] = "selected"     # unified query selection (Table 15)
+    box_init: Literal["token", "mask2box", "bitmask"] = "mask2box"   # anchors from the token, or from its mask (Table 9)
+    smallest_proposal: Literal["coarse", "fine"] = "coarse"          # which level's proposals are 0.05 wide; doubles level by level
+    initial_prediction: bool = True                                  # predict before the first decoder layer, too
+    denoising: Literal["mask", "box", "none"] = "mask"               # unified denoising (Table 15)
+    denoising_queries: int = 100
+    label_noise: float = 0.2                                         # appendix B.2
+    box_noise: float = 0.4
+    matching: Literal["hybrid", "box", "mask"] = "hybrid"            # cost terms beside the class (Table 13)
+    box_loss: bool = True                                            # False: Table 11, "mask only"
+    mask_points: int = 12544                                         # points per mask in matching and losses
+    detections: int = 100                                            # kept per image at inference
+    # data
+    image_size: int = 1024                                           # training: jittered, cropped and padded to this square
+    scale_jitter: tuple[float, float] = (0.1, 2.0)                   # of the size that fits
+    flip: float = 0.5
+    test_short: int = 800
+    test_long: int = 1333
+    keep_empty: bool = False                                         # train on images without objects
+    max_images: int = 0                                              # 0 = all
+    evaluate_on: Literal["val", "train"] = "val"
+    workers: int = 4
+    # schedule
+    total_batch: int = 16                                            # images per step, over all processes and accumulation
+    accumulate: int = 1
+    iterations: int = 368_750
+    max_steps: int = 0                                               # stop early, schedule untouched; 0 = run to the end
+    lr: float = 1e-4
+    backbone_lr: float = 0.1                                         # times lr
+    lr_schedule: Literal["step", "cosine"] = "step"
+    lr_drops: tuple[int, ...] = (327_778, 355_092)                   # the paper says 0.9 and 0.95 of the run, the released configuration this
+    warmup: int = 0                                                  # released: 10 iterations at factor 1, that is none
+    weight_decay: float = 0.05
+    clip: float = 0.01                                               # gradient norm of the whole model
+    ema: float = 0.0                                                 # decay; 0 = off
+    precision: Literal["auto", "fp32", "bf16"] = "auto"              # auto: bf16 autocast on GPUs that have it
+    seed: int = 0
+    max_bad_steps: int = 10                                          # non-finite losses in a row until the run stops
+    log_every: int = 20                                              # steps
+    checkpoint_every: int = 5000
+    evaluate_every: int = 0                                          # 0 = only at the end
+
+    @property
+    def masks(self) -> bool:
+        return self.task != "detection"
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(Config).items():
+            if typing.get_origin(kind) is Literal and getattr(self, name) not in typing.get_args(kind):
+                raise ConfigError(f"--{name}={getattr(self, name)}: choose one of {', '.join(typing.get_args(kind))}")
+        ladder = [2 ** i for i in range(2, 2 + len(self.levels) + 1)]
+        if not self.levels or list(self.levels) not in (ladder[:-1], ladder[1:]):
+            raise ConfigError(f"--levels={self.levels}: strides from 4 or 8 on, each twice the one before, as in 8,16,32")
+        if not 0 <= self.decoder_levels <= len(self.levels):
+            raise ConfigError(f"--decoder_levels={self.decoder_levels}: there are {len(self.levels)} levels")
+        if self.hidden % 32 or self.hidden % self.heads:
+            raise ConfigError(f"--hidden={self.hidden}: must be a multiple of 32 (group norm) and of --heads={self.heads}")
+        if not self.masks and (self.box_init != "token" or self.denoising == "mask" or self.matching != "box"):
+            raise ConfigError("--task=detection has no masks: add --box_init=token --denoising=box --matching=box")
+
+
+# What decides the tensors of a checkpoint and what they mean; the rest of Config may differ between training and use.
+ARCHITECTURE = ("model", "task", "backbone", "backbone_norm", "levels", "decoder_levels", "hidden", "heads", "attention_points", "enc_layers", "enc_ffn",
+                "dec_layers", "dec_ffn", "queries", "two_stage", "content_queries", "box_init", "smallest_proposal", "initial_prediction", "denoising")
+
+# One row a preset: overrides of Config and, under "about", what the row claims.
+PRESETS: dict[str, dict] = {
+    "shapes": dict(
+        about="generated shapes, 128 pixels, from scratch on a laptop's CPU in 10 minutes",
+        backbone="resnet18", backbone_norm="batch", backbone_weights="none", levels=(8, 16, 32), hidden=128, enc_layers=2, enc_ffn=512, dec_layers=3,
+        dec_ffn=512, queries=30, denoising_queries=30, mask_points=784, image_size=128, scale_jitter=(0.8, 1.25), test_short=128, test_long=128,
+        keep_empty=True, workers=1, total_batch=8, iterations=1200, lr=4e-4, backbone_lr=1.0, lr_schedule="cosine", warmup=100, clip=0.1,
+        checkpoint_every=300),
+    "overfit": dict(
+        about="a few real images learned by heart, on a CPU in 20 minutes: --data=DIR --max_images=8",
+        backbone="resnet18", backbone_norm="group", backbone_weights="none", levels=(8, 16, 32), hidden=128, enc_layers=2, enc_ffn=512, dec_layers=3,
+        dec_ffn=512, queries=60, denoising_queries=60, mask_points=2048, image_size=256, scale_jitter=(1.0, 1.0), flip=0.0, test_short=256,
+        test_long=256, evaluate_on="train", workers=1, total_batch=4, iterations=800, lr=4e-4, backbone_lr=1.0, lr_schedule="cosine", warmup=50,
+        clip=0.1, max_images=8, checkpoint_every=400),
+    "coco_instance_r50_12ep": dict(about="paper: mask AP 41.4, box AP 45.7 (Table 3)", iterations=88_500, lr_drops=(81_125,)),
+    "coco_instance_r50_24ep": dict(about="paper: mask AP 44.2, box AP 48.4 (Table 3)", iterations=177_000, lr_drops=(147_500,)),
+    "coco_instance_r50_50ep": dict(about="paper: mask AP 46.3, box AP 51.7 (Table 3)"),
+    "coco_instance_r50_50ep_hid1024": dict(about="paper: mask AP 46.1, box AP 51.5 (released model)", levels=(8, 16, 32), enc_ffn=1024,
+                                           box_init="bitmask", smallest_proposal="fine"),
+}
+
+
+def preset(name: str, **overrides) -> Config:
+    """The preset's Config with some fields overridden. Raises ConfigError for an unknown name, naming the nearest."""
+    if name not in PRESETS:
+        raise ConfigError(f"there is no preset '{name}'{nearest(name, PRESETS)}; `python train.py --list` shows them all")
+    row = {key: value for key, value in PRESETS[name].items() if key != "about"}
+    return Config(**row | overrides)
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """", did you mean ...?" or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean '{close[0]}'?" if close else ""
+
+
+def parse_value(name: str, text: str, kind: type) -> object:
+    """Command-line text as `kind` (int, float, bool, str, Literal or tuple of one type)."""
+    try:
+        if typing.get_origin(kind) is tuple:
+            return tuple(parse_value(name, part, typing.get_args(kind)[0]) for part in text.strip("()").split(",") if part.strip())
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        if kind is int:
+            return int(text.replace("_", ""))
+        return float(text) if kind is float else text
+    except (ValueError, KeyError):
+        raise ConfigError(f"--{name}={text}: expected {getattr(kind, '__name__', kind)}") from None
+
+
+def parse_overrides(argv: Sequence[str], actions: dict[str, type]) -> tuple[list[str], dict, dict]:
+    """Splits a command line into words, actions (typed by `actions`) and overrides of Config (typed by its fields).
+
+    `--key=value` sets; a bare `--key` is True for booleans. Raises ConfigError for an unknown key, naming the nearest known one.
+    """
+    fields, words, done, overrides = typing.get_type_hints(Config), [], {}, {}
+    for argument in argv:
+        if not argument.startswith("--"):
+            words.append(argument)
+            continue
+        name, equals, text = argument[2:].partition("=")
+        kind = actions.get(name, fields.get(name))
+        if kind is None:
+            raise ConfigError(f"unknown key --{name}{nearest(name, [*actions, *fields])}")
+        if not equals and kind is not bool:
+            raise ConfigError(f"--{name} needs a value: --{name}=...")
+        (done if name in actions else overrides)[name] = parse_value(name, text, kind) if equals else True
+    return words, done, overrides
+
+
+# ---------------------------------------------------------------------------------------------------------------- backbone
+RESNET_BLOCKS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+
+
+class Backbone(nn.Module):
+    """torchvision's ResNet without its classifier: (B, 3, H, W) -> four maps of strides 4, 8, 16, 32."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        norm = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(32, channels)}[config.backbone_norm]
+        block = torchvision.models.resnet.Bottleneck if config.backbone in ("resnet50", "resnet101") else torchvision.models.resnet.BasicBlock
+        self.body = torchvision.models.ResNet(block, list(RESNET_BLOCKS[config.backbone]), norm_layer=norm)
+        del self.body.fc, self.body.avgpool
+        self.channels = [c * block.expansion for c in (64, 128, 256, 512)]
+        if config.backbone_norm == "group":     # torchvision's constructor knows batch norms only
+            for m in self.modules():
+                if isinstance(m, nn.GroupNorm):
+                    nn.init.ones_(m.weight)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        body = self.body
+        x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
+        return [x := stage(x) for stage in (body.layer1, body.layer2, body.layer3, body.layer4)]
+
+
+def load_backbone_weights(backbone: Backbone, config: Config) -> None:
+    """`config.backbone_weights`: none, imagenet (torchvision's IMAGENET1K_V1, cached in TORCH_HOME) or a file in torchvision's names.
+
+    Raises ConfigError when they cannot be had or do not fit.
+    """
+    source = config.backbone_weights
+    if source == "none":
+        return
+    if source == "imagenet":
+        try:
+            state = torchvision.models.get_model_weights(config.backbone)["IMAGENET1K_V1"].get_state_dict(progress=True)
+        except (URLError, ConnectionError, TimeoutError) as error:
+            raise ConfigError(f"torchvision's ImageNet weights of {config.backbone} could not be downloaded ({error}): connect once, put the file into "
+                              "$TORCH_HOME/hub/checkpoints, give --backbone_weights=PATH, or train from scratch with "
+                              "--backbone_weights=none --backbone_norm=group") from None
+        except ValueError:
+            raise ConfigError(f"torchvision has no ImageNet weights for {config.backbone}: add --backbone_weights=none or a path") from None
+    else:
+        state = read_torch_file(Path(source))
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    own = backbone.body.state_dict()
+    if extra := sorted(key for key in state.keys() - own.keys() if not key.endswith("num_batches_tracked")):
+        raise ConfigError(f"--backbone_weights={source}: {len(extra)} tensors do not belong to {config.backbone}, for example '{extra[0]}'")
+    for key in own:
+        if key not in state and not key.endswith("num_batches_tracked"):
+            raise ConfigError(f"--backbone_weights={source}: '{key}' of {config.backbone} is missing")
+        if key in state and state[key].shape != own[key].shape:
+            raise ConfigError(f"--backbone_weights={source}: '{key}' has shape {tuple(state[key].shape)}, {config.backbone} needs {tuple(own[key].shape)}")
+    backbone.body.load_state_dict(state, strict=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------- positions and boxes
+def sine_embedding(x: Tensor, features: int) -> Tensor:
+    """Numbers in 0..1, any shape -> (..., features): sines and cosines, interleaved, of wavelengths 1 to 10000 (times 2 pi)."""
+    i = torch.arange(features, device=x.device)
+    angle = x[..., None] * 2 * math.pi / 10000 ** (2 * (i // 2) / features)
+    return torch.where(i % 2 == 0, angle.sin(), angle.cos())
+
+
+def position_encoding(h: int, w: int, channels: int, like: Tensor) -> Tensor:
+    """(h * w, channels): the first half of the channels for y, the second for x. Padding counts like any other cell, as released."""
+    y, x = (torch.arange(1, n + 1, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32)) / (n + 1e-6) for n in (h, w))
+    y, x = sine_embedding(y, channels // 2), sine_embedding(x, channels // 2)
+    return torch.cat([y[:, None].expand(h, w, -1), x[None].expand(h, w, -1)], -1).flatten(0, 1)
+
+
+def cell_centres(shapes: list[tuple[int, int]], like: Tensor) -> Tensor:
+    """(S, 2): (x, y) of every token's cell in 0..1 of its map."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    rows = []
+    for h, w in shapes:
+        y, x = ((torch.arange(n, device=like.device, dtype=dtype) + 0.5) / n for n in (h, w))
+        rows.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).flatten(0, 1))
+    return torch.cat(rows)
+
+
+def inverse_sigmoid(x: Tensor) -> Tensor:
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=1e-5) / (1 - x).clamp(min=1e-5))
+
+
+def refine(anchor: Tensor, delta: Tensor) -> Tensor:
+    """Moves boxes (..., 4) in 0..1 by `delta` in logit space (Deformable DETR, section A.4)."""
+    return torch.sigmoid(inverse_sigmoid(anchor) + delta)
+
+
+def giou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU (arXiv 1902.09630) of boxes xyxy, broadcast over all but the last dimension."""
+    area = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (a, b)]
+    inter = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    union = area[0] + area[1] - inter
+    return inter / (union + 1e-6) - (hull - union) / (hull + 1e-6)
+
+
+def boxes_of_masks(inside: Tensor, variant: str) -> Tensor:
+    """Boxes around boolean masks (..., h, w) -> (..., 4) cxcywh in 0..1: mask-enhanced anchor box initialisation (section 3.5).
+
+    Two variants were released. mask2box ends a box at the last cell inside, and an empty mask is a point in the far corner;
+    bitmask ends it behind the last cell, and an empty mask is a point at the origin.
+    """
+    h, w = inside.shape[-2:]
+    corners = []
+    for hit, size in ((inside.any(-2), w), (inside.any(-1), h)):              # columns, rows
+        first, last = hit.byte().argmax(-1), size - 1 - hit.byte().flip(-1).argmax(-1)
+        if variant == "bitmask":
+            last = last + 1
+        none = ~hit.any(-1)
+        corners.append((torch.where(none, 1e8 if variant == "mask2box" else 0, first.float()) / size, torch.where(none, 0, last.float()) / size))
+    (x0, x1), (y0, y1) = corners
+    return torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- building blocks
+class MLP(nn.Sequential):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, *widths: int) -> None:
+        layers = [[nn.Linear(a, b), nn.ReLU()] for a, b in zip(widths, widths[1:], strict=False)]
+        super().__init__(*sum(layers, [])[:-1])
+
+
+class MSDeformAttn(nn.Module):
+    """Multi-scale deformable attention with its projections (Deformable DETR, equation 3); `kernels.py` has the operator."""
+
+    def __init__(self, config: Config, levels: int) -> None:
+        super().__init__()
+        C, self.shape = config.hidden, (config.heads, levels, config.attention_points)
+        self.sampling_offsets = nn.Linear(C, math.prod(self.shape) * 2)
+        self.attention_weights = nn.Linear(C, math.prod(self.shape))
+        self.value_proj = nn.Linear(C, C)
+        self.output_proj = nn.Linear(C, C)
+
+    def reset_parameters(self) -> None:
+        """Head m starts out looking in direction m, point p at p cells' distance; all samples weigh the same."""
+        M, L, P = self.shape
+        theta = 2 * math.pi * torch.arange(M) / M
+        star = torch.stack([theta.cos(), theta.sin()], -1)
+        star = (star / star.abs().amax(-1, keepdim=True))[:, None, None] * torch.arange(1, P + 1)[:, None]      # (M, 1, P, 2)
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(star.expand(M, L, P, 2).flatten())
+
+    def forward(self, query: Tensor, reference_points: Tensor, memory: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        """query (B, Q, C), reference_points (B, Q, 2 or 4), memory (B, S, C) -> (B, Q, C)."""
+        offsets = self.sampling_offsets(query).unflatten(-1, (*self.shape, 2))                                  # (B, Q, M, L, P, 2)
+        logits = self.attention_weights(query).unflatten(-1, self.shape)                                        # (B, Q, M, L, P)
+        value = self.value_proj(memory).unflatten(-1, (self.shape[0], -1))                                      # (B, S, M, D)
+        return self.output_proj(ms_deform_attn(value, shapes, reference_points, offsets, logits))
+
+
+# ---------------------------------------------------------------------------------------------------------------- pixel decoder
+class EncoderLayer(nn.Module):
+    """Deformable self-attention over the tokens of all levels, then an FFN; post-norm."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.self_attn = MSDeformAttn(config, len(config.levels))
+        self.norm1 = nn.LayerNorm(config.hidden)
+        self.ffn = MLP(config.hidden, config.enc_ffn, config.hidden)
+        self.norm2 = nn.LayerNorm(config.hidden)
+
+    def forward(self, x: Tensor, pos: Tensor, centres: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        x = self.norm1(x + self.self_attn(x + pos, centres, x, shapes))
+        return self.norm2(x + self.ffn(x))
+
+
+class PixelDecoder(nn.Module):
+    """Deformable encoder over the backbone's levels, and the pixel embedding map (equation 1).
+
+    four backbone maps -> tokens (B, S, C), their shapes [(H, W)] * L, pixel embedding map (B, C, H/4, W/4)
+    """
+
+    def __init__(self, channels: list[int], config: Config) -> None:
+        super().__init__()
+        C = config.hidden
+        self.strides, self.masks = config.levels, config.masks
+        self.input_proj = nn.ModuleList()
+        for stride in self.strides:
+            extra = stride > 32                                                                 # strided convolutions on the coarsest map
+            conv = nn.Conv2d(channels[-1] if stride == 64 else C, C, 3, stride=2, padding=1) if extra else nn.Conv2d(channels[stride.bit_length() - 3], C, 1)
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.zeros_(conv.bias)
+            self.input_proj.append(nn.Sequential(conv, nn.GroupNorm(32, C)))
+        self.level_embed = nn.Parameter(torch.randn(len(self.strides), C))
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.enc_layers))
+        init_transformer(self.layers)
+        if not config.masks:
+            return
+        self.lateral = nn.Sequential(nn.Conv2d(channels[0], C, 1, bias=False), nn.GroupNorm(32, C))                             # T in eq. 1
+        self.smooth = nn.Sequential(nn.Conv2d(C, C, 3, padding=1, bias=False), nn.GroupNorm(32, C), nn.ReLU())
+        self.pixel_embed = nn.Conv2d(C, C, 1)                                                                                   # M in eq. 1
+        for conv in (self.lateral[0], self.smooth[0], self.pixel_embed):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+        nn.init.zeros_(self.pixel_embed.bias)
+
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]], Tensor | None]:
+        maps = []
+        for stride, proj in zip(self.strides, self.input_proj, strict=True):
+            maps.append(proj(maps[-1] if stride > 64 else features[min(stride, 32).bit_length() - 3]))
+        shapes = [tuple(m.shape[-2:]) for m in maps]
+        x = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)                                                          # (B, S, C)
+        pos = torch.cat([position_encoding(h, w, x.shape[-1], x) + embed for (h, w), embed in zip(shapes, self.level_embed, strict=True)])
+        centres = cell_centres(shapes, x).expand(len(x), -1, -1)                                                                # (B, S, 2)
+        for layer in self.layers:
+            x = layer(x, pos, centres, shapes)
+        if not self.masks:
+            return x, shapes, None
+        h, w = shapes[0]
+        finest = x[:, :h * w].transpose(1, 2).unflatten(-1, (h, w))
+        y = self.lateral(features[0])
+        y = y + F.interpolate(finest, size=y.shape[-2:], mode="bilinear", align_corners=False)                                  # F in eq. 1
+        return x, shapes, self.pixel_embed(self.smooth(y))
+
+
+# ---------------------------------------------------------------------------------------------------------------- heads
+class Prediction(NamedTuple):
+    """What one place of the model says about every query."""
+    logits: Tensor                  # (B, Q, K)
+    boxes: Tensor                   # (B, Q, 4)
+    embeddings: Tensor | None       # (B, Q, C): mask logits = embeddings times the pixel embedding map; None when the task has no masks
+
+
+class Heads(nn.Module):
+    """Class, box and mask head: one set of weights for encoder tokens, the initial prediction and every decoder layer."""
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__()
+        C = config.hidden
+        self.norm = nn.LayerNorm(C)
+        self.class_head = nn.Linear(C, num_classes)
+        self.box_head = MLP(C, C, C, 4)
+        self.mask_head = MLP(C, C, C, C) if config.masks else None
+        nn.init.constant_(self.class_head.bias, -math.log(99))      # focal prior 0.01; the released code has none and starts at a loss of 25,000
+        nn.init.zeros_(self.box_head[-1].weight)
+        nn.init.zeros_(self.box_head[-1].bias)
+
+    def forward(self, x: Tensor, boxes: Tensor) -> Prediction:
+        x = self.norm(x)
+        return Prediction(self.class_head(x), boxes, self.mask_head(x) if self.mask_head else None)
+
+
+def mask_logits(embeddings: Tensor, pixels: Tensor) -> Tensor:
+    """Equation 1's dot product: (B, Q, C), (B, C, h, w) -> (B, Q, h, w)."""
+    return torch.einsum("bqc,bchw->bqhw", embeddings, pixels)
+
+
+# ---------------------------------------------------------------------------------------------------------------- query selection
+class QuerySelection(nn.Module):
+    """Unified and enhanced query selection (section 3.5): encoder tokens that predict class, box and mask; the best become queries.
+
+    tokens (B, S, C), shapes, pixel map -> content (B, Q, C), anchors (B, Q, 4), both detached where selected, and the tokens' Prediction
+    (None for learned queries), which is supervised like a layer's.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        if config.two_stage:
+            self.enc_output = nn.Linear(config.hidden, config.hidden)
+            self.enc_output_norm = nn.LayerNorm(config.hidden)
+        else:
+            self.anchor_logits = nn.Embedding(config.queries, 4)
+        if not config.two_stage or config.content_queries == "learned":
+            self.content = nn.Embedding(config.queries, config.hidden)
+
+    def proposals(self, shapes: list[tuple[int, int]], like: Tensor) -> Tensor:
+        """(S, 4): a square at each token, 0.05 wide on one end of the pyramid and twice as wide with each level.
+
+        The released order makes the finest level's the widest, the reverse of Deformable DETR; its hid1024 models have it the other way.
+        """
+        steps = range(len(shapes)) if self.config.smallest_proposal == "fine" else reversed(range(len(shapes)))
+        widths = torch.cat([torch.full((h * w, 2), 0.05 * 2 ** step) for (h, w), step in zip(shapes, steps, strict=True)])
+        centres = cell_centres(shapes, like)
+        return torch.cat([centres, widths.to(centres)], -1)
+
+    def forward(self, memory: Tensor, shapes: list[tuple[int, int]], pixels: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Prediction | None]:
+        B, S, C = memory.shape
+        config = self.config
+        if not config.two_stage:
+            return self.content.weight.expand(B, -1, -1), self.anchor_logits.weight.sigmoid().expand(B, -1, -1), None
+        proposals = self.proposals(shapes, memory)
+        valid = ((proposals > 0.01) & (proposals < 0.99)).all(-1, keepdim=True)
+        tokens = self.enc_output_norm(self.enc_output(memory * valid))                          # (B, S, C)
+        logits = torch.where(valid, inverse_sigmoid(proposals), torch.inf)                      # infinite: box 1, 1, 1, 1, as released
+        best = heads.class_head(tokens).amax(-1).topk(min(config.queries, S)).indices           # (B, Q); no norm before the class head here
+        rows = torch.arange(B, device=memory.device)[:, None]
+        tokens, boxes = tokens[rows, best], torch.sigmoid(logits[best] + heads.box_head(tokens[rows, best]))
+        prediction = heads(tokens, boxes)
+        content = tokens.detach() if config.content_queries == "selected" else self.content.weight[:best.shape[1]].expand(B, -1, -1)
+        if config.box_init == "token":
+            return content, boxes.detach(), prediction
+        with torch.no_grad():                                                                   # masks are easier than boxes early on
+            anchors = boxes_of_masks(mask_logits(prediction.embeddings, pixels) > 0, config.box_init)
+        return content, torch.sigmoid(inverse_sigmoid(anchors)).to(boxes.dtype), prediction
+
+
+# ---------------------------------------------------------------------------------------------------------------- denoising
+class Denoising(NamedTuple):
+    """Denoising queries of a batch: G groups, each with a copy of every object, N slots a group; T = G * N."""
+    content: Tensor         # (B, T, C) embeddings of the noised labels
+    anchors: Tensor         # (B, T, 4) noised boxes
+    groups: int
+
+
+def generator(target: dict, stream: int, device: torch.device) -> torch.Generator:
+    """The random numbers of one image: a function of its "key" alone, so that they do not depend on batch, process or resume."""
+    key = target["key"] if "key" in target else int(torch.randint(2 ** 31, ()))
+    return torch.Generator(device).manual_seed(2 * key + stream)
+
+
+def draw_noise(target: dict, groups: int, num_classes: int) -> dict[str, Tensor]:
+    """Uniform draws of one image with n objects: flip (G, n) in 0..1, label (G, n) of the classes, box (G, n, 4) in 0..1."""
+    shape, device = (groups, len(target["labels"])), target["labels"].device
+    g = generator(target, 0, device)
+    return {"flip": torch.rand(shape, generator=g, device=device), "label": torch.randint(num_classes, shape, generator=g, device=device),
+            "box": torch.rand((*shape, 4), generator=g, device=device)}
+
+
+def make_denoising(targets: list[dict], label_embed: nn.Embedding, config: Config, noise: list[dict] | None = None) -> Denoising | None:
+    """Unified denoising (section 3.6, appendix B.2): noised boxes and labels of the truth, fed as queries that must give back box, label and mask.
+
+    A noised box is a noised mask. Positive copies only. None when the batch has no objects, or more in one image than denoising queries.
+    """
+    counts = [len(t["labels"]) for t in targets]
+    N = max(counts)
+    groups = config.denoising_queries // N if N else 0
+    if groups == 0:
+        return None
+    noise = noise or [draw_noise(t, groups, label_embed.num_embeddings) for t in targets]
+    content, anchors = [], []
+    for target, draw, n in zip(targets, noise, counts, strict=True):
+        labels = torch.where(draw["flip"] < config.label_noise, draw["label"], target["labels"])                # (G, n)
+        boxes, wh = target["boxes"], target["boxes"][:, 2:]
+        boxes = (boxes + (2 * draw["box"] - 1) * config.box_noise * torch.cat([wh / 2, wh], -1)).clamp(0, 1)    # (G, n, 4)
+        slots = (0, 0, 0, N - n)                            # slots without an object: content 0, anchor in the middle; they count as background
+        content.append(F.pad(label_embed(labels), slots).flatten(0, 1))
+        anchors.append(torch.sigmoid(F.pad(inverse_sigmoid(boxes), slots)).flatten(0, 1))
+    return Denoising(torch.stack(content), torch.stack(anchors), groups)
+
+
+def denoising_attention_mask(groups: int, slots: int, queries: int, device: torch.device) -> Tensor:
+    """(T + Q, T + Q) boolean, True = blocked: queries do not see denoising queries, nor groups each other (they would see the truth)."""
+    group = torch.cat([torch.arange(groups).repeat_interleave(slots), torch.full((queries,), -1)]).to(device)
+    seen, by = group[None], group[:, None]
+    return (seen >= 0) & (seen != by)
+
+
+# ---------------------------------------------------------------------------------------------------------------- decoder
+class DecoderLayer(nn.Module):
+    """Self-attention among queries, deformable cross-attention inside and around each query's anchor box, FFN; post-norm."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        C = config.hidden
+        self.self_attn = nn.MultiheadAttention(C, config.heads, batch_first=True)
+        self.norm1 = nn.LayerNorm(C)
+        self.cross_attn = MSDeformAttn(config, config.decoder_levels or len(config.levels))
+        self.norm2 = nn.LayerNorm(C)
+        self.ffn = MLP(C, config.dec_ffn, C)
+        self.norm3 = nn.LayerNorm(C)
+
+    def forward(self, x: Tensor, pos: Tensor, anchors: Tensor, memory: Tensor, shapes: list[tuple[int, int]], blocked: Tensor | None) -> Tensor:
+        q = x + pos
+        x = self.norm1(x + self.self_attn(q, q, x, attn_mask=blocked, need_weights=False)[0])
+        x = self.norm2(x + self.cross_attn(x + pos, anchors, memory, shapes))
+        return self.norm3(x + self.ffn(x))
+
+
+class Decoder(nn.Module):
+    """Refines content and anchor box of every query layer by layer (DAB-DETR; look forward twice, DINO section 3.5)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        C = config.hidden
+        self.anchor_embed = MLP(2 * C, C, C)                        # C / 2 sine features for each of y, x, w, h
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.dec_layers))
+        init_transformer(self)
+
+    def forward(self, x: Tensor, anchors: Tensor, memory: Tensor, shapes: list[tuple[int, int]], blocked: Tensor | None,
+                heads: Heads) -> list[tuple[Tensor, Tensor]]:
+        """content (B, Q, C), anchors (B, Q, 4) -> normalised state (B, Q, C) and boxes (B, Q, 4) after each layer."""
+        states = []
+        before = anchors                                            # this layer's anchor, with its gradient
+        for layer in self.layers:
+            pos = self.anchor_embed(sine_embedding(anchors[..., [1, 0, 2, 3]], x.shape[-1] // 2).flatten(-2))
+            x = layer(x, pos, anchors, memory, shapes, blocked)
+            state = heads.norm(x)                                   # the class and mask heads will normalise it again, as released
+            states.append((state, refine(before, heads.box_head(state))))
+            before = refine(anchors, heads.box_head(x))
+            anchors = before.detach()
+        return states
+
+
+def init_transformer(module: nn.Module) -> None:
+    """Xavier-uniform matrices, then the deformable attention's own start."""
+    for p in module.parameters():
+        if p.dim() > 1:
+            nn.init.xavier_uniform_(p)
+    for m in module.modules():
+        if isinstance(m, MSDeformAttn):
+            m.reset_parameters()
+
+
+# ---------------------------------------------------------------------------------------------------------------- the model
+class Output(NamedTuple):
+    """Everything the model says about a batch. The last of `sets` is the answer."""
+    padded: tuple[int, int]                 # (H, W) of the padded images
+    pixels: Tensor | None                   # (B, C, H/4, W/4) pixel embedding map; None when the task has no masks
+    sets: dict[str, Prediction]             # "selection", "initial", "layer1" ... in this order, as far as the configuration has them
+    denoising: dict[str, Prediction]        # "initial", "layer1" ...: the denoising queries' part; empty without denoising
+    groups: int                             # denoising groups; 0 without denoising
+
+
+class MaskDINO(nn.Module):
+    """Figure 1. Images (B, 3, H, W) uint8 RGB, padded right and below to a multiple of 32, and their true sizes -> Output."""
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__()
+        self.config, self.num_classes = config, num_classes
+        self.classes: dict | None = None                                                        # set by whoever knows the names
+        self.register_buffer("mean", torch.tensor([123.675, 116.28, 103.53])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor([58.395, 57.12, 57.375])[:, None, None], persistent=False)
+        self.backbone = Backbone(config)
+        self.pixel_decoder = PixelDecoder(self.backbone.channels, config)
+        self.heads = Heads(config, num_classes)
+        self.query_selection = QuerySelection(config)
+        self.decoder = Decoder(config)
+        self.label_embed = nn.Embedding(num_classes, config.hidden) if config.denoising != "none" else None
+
+    def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+        x = (images - self.mean) / self.std
+        for image, (h, w) in zip(x, sizes, strict=True):                                        # padding is 0 after the normalisation
+            image[:, h:], image[:, :, w:] = 0, 0
+        return x
+
+    def forward(self, images: Tensor, sizes: list[tuple[int, int]], targets: list[dict] | None = None, noise: list[dict] | None = None) -> Output:
+        """With targets (training) the denoising queries run along; `noise` gives their draws (see `draw_noise`)."""
+        # Backbone and pixel decoder: tokens for attention, and the pixel embedding map for masks (section 3.4).
+        features = self.backbone(self.normalise(images, sizes))                                 # strides 4, 8, 16, 32
+        memory, shapes, pixels = self.pixel_decoder(features)                                   # (B, S, C), [(H, W)] * L, (B, C, H/4, W/4)
+        if self.config.decoder_levels:
+            shapes = shapes[:self.config.decoder_levels]
+            memory = memory[:, :sum(h * w for h, w in shapes)]
+        # Unified and enhanced query selection: content and anchor boxes from encoder tokens (section 3.5).
+        content, anchors, selection = self.query_selection(memory, shapes, pixels, self.heads)  # (B, Q, C), (B, Q, 4)
+        # Unified denoising: noised truth in front of the queries (section 3.6).
+        denoising, blocked, T = None, None, 0
+        if targets is not None and self.label_embed is not None:
+            denoising = make_denoising(targets, self.label_embed, self.config, noise)
+            if denoising is None:
+                content = content + 0 * self.label_embed.weight.sum()                           # every parameter takes part in every step
+            else:
+                T = denoising.content.shape[1]
+                blocked = denoising_attention_mask(denoising.groups, T // denoising.groups, content.shape[1], content.device)
+                content = torch.cat([denoising.content, content], 1)                            # (B, T + Q, C)
+                anchors = torch.cat([denoising.anchors, anchors], 1)
+        # Decoder: nine rounds of refinement, a prediction after each (and one before the first).
+        states = [(content, anchors)] if self.config.initial_prediction else []
+        states += self.decoder(content, anchors, memory, shapes, blocked, self.heads)
+        first = 0 if self.config.initial_prediction else 1
+        names = ["initial" if i == 0 else f"layer{i}" for i in range(first, first + len(states))]
+        every = {name: self.heads(state, boxes) for name, (state, boxes) in zip(names, states, strict=True)}
+        sets = {"selection": selection} if selection is not None else {}
+        sets |= {name: rows(p, slice(T, None)) for name, p in every.items()}
+        return Output(tuple(images.shape[-2:]), pixels, sets, {name: rows(p, slice(0, T)) for name, p in every.items()} if T else {}, denoising.groups if T else 0)
+
+    def postprocess(self, output: Output, sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]]) -> list[dict]:
+        """The last prediction as detections in pixels of the original images, see `detections_of`."""
+        last = list(output.sets.values())[-1]
+        pixels = [None] * len(sizes) if output.pixels is None else output.pixels
+        return [detections_of(rows(last, b, 0), pixels[b], output.padded, sizes[b], original_sizes[b], self.config.detections) for b in range(len(sizes))]
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[np.ndarray | Image.Image | str | os.PathLike], threshold: float = 0.0) -> list[dict]:
+        """Images (RGB arrays (H, W, 3) uint8, PIL images or paths) -> for each the dict of `detections_of`, scores above `threshold`."""
+        results = []
+        for image in images:
+            image = Image.fromarray(image) if isinstance(image, np.ndarray) else image if isinstance(image, Image.Image) else Image.open(image)
+            x = preprocess(image.convert("RGB"), self.config.test_short, self.config.test_long)
+            size = tuple(x.shape[-2:])
+            batch = F.pad(x, (0, -size[1] % 32, 0, -size[0] % 32))[None].to(self.mean.device)
+            found = self.postprocess(self(batch, [size]), [size], [(image.height, image.width)])[0]
+            keep = found["scores"] > threshold
+            results.append({key: value[keep] for key, value in found.items()})
+        return results
+
+
+def rows(p: Prediction, index: slice | int, dim: int = 1) -> Prediction:
+    """The same prediction for some of the queries (dim 1) or one image (dim 0)."""
+    pick = (lambda t: t[index]) if dim == 0 else (lambda t: t[:, index])
+    return Prediction(*(None if t is None else pick(t) for t in p))
+
+
+# ---------------------------------------------------------------------------------------------------------------- matching and losses
+WEIGHTS = {"class": 4.0, "l1": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}      # of costs and losses alike (appendix B.1)
+
+
+class Truth(NamedTuple):
+    """Targets of a batch, padded to N objects an image. Masks stay as they are, one (n, H, W) uint8 tensor an image."""
+    labels: Tensor          # (B, N) int64
+    boxes: Tensor           # (B, N, 4)
+    valid: Tensor           # (B, N) bool
+    counts: list[int]
+    masks: list[Tensor] | None
+
+    @classmethod
+    def of(cls, targets: list[dict], masks: bool) -> Self:
+        labels = pad_sequence([t["labels"] for t in targets], batch_first=True)
+        boxes = pad_sequence([t["boxes"] for t in targets], batch_first=True)
+        counts = [len(t["labels"]) for t in targets]
+        valid = torch.arange(labels.shape[1])[None] < torch.tensor(counts)[:, None]
+        return cls(labels, boxes, valid.to(labels.device), counts, [t["masks"] for t in targets] if masks else None)
+
+
+def point_sample(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear samples: maps (B, C, h, w), points (B, P, 2) as (x, y) in 0..1 -> (B, C, P)."""
+    return F.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False)[..., 0]
+
+
+def uncertain_points(maps: Tensor, candidates: Tensor, extra: Tensor) -> Tensor:
+    """PointRend's importance sampling (arXiv 1912.08193): of the candidates (n, 3P, 2) those whose logits are nearest to 0, and random ones.
+
+    maps (n, h, w) logits, extra (n, P / 4, 2) -> (n, P, 2). The choice carries no gradient.
+    """
+    with torch.no_grad():
+        P = candidates.shape[1] // 3
+        uncertainty = -point_sample(maps[:, None], candidates)[:, 0].abs()
+        chosen = uncertainty.topk(P - extra.shape[1]).indices[..., None].expand(-1, -1, 2)
+        return torch.cat([candidates.gather(1, chosen), extra], 1)
+
+
+def matching_cost(sets: Prediction, pixels: Tensor, truth: Truth, points: Tensor | None, parts: Sequence[str]) -> dict[str, Tensor]:
+    """Unweighted cost terms (section 3.6), each (R, B, Q, N), for stacked prediction sets (R, B, Q, ...).
+
+    points (1 or R, B, P, 2): where masks are compared, shared by all masks of an image. A mask logit is a dot product with the pixel embedding and
+    sampling is linear, so the embedding is sampled once per image and no query's full mask is ever made.
+    """
+    cost = {}
+    p = sets.logits.sigmoid()
+    alpha, gamma = 0.25, 2
+    focal = alpha * (1 - p) ** gamma * -(p + 1e-8).log() - (1 - alpha) * p ** gamma * -(1 - p + 1e-8).log()
+    R, B, Q, _ = p.shape
+    N = truth.labels.shape[1]
+    cost["class"] = focal.gather(-1, truth.labels[None, :, None].expand(R, B, Q, N))
+    if "l1" in parts:
+        cost["l1"] = (sets.boxes[..., :, None, :] - truth.boxes[None, :, None]).abs().sum(-1)
+        cost["giou"] = -giou(box_convert(sets.boxes, "cxcywh", "xyxy")[..., :, None, :], box_convert(truth.boxes, "cxcywh", "xyxy")[None, :, None])
+    if "mask" in parts:
+        places, _, P, _ = points.shape
+        flat = points.to(pixels).transpose(0, 1).flatten(1, 2)                                                                     # (B, R * P, 2)
+        pixel = point_sample(pixels, flat).unflatten(-1, (places, P))                                                   # (B, C, R, P)
+        x = torch.einsum("rbqc,bcrp->rbqp", sets.embeddings, pixel.expand(-1, -1, R, -1))
+        t = pad_sequence([point_sample(m[None].to(x), q[None])[0] for m, q in zip(truth.masks, flat, strict=True)], batch_first=True)
+        t = t.unflatten(-1, (places, P)).expand(-1, -1, R, -1)                                                          # (B, N, R, P)
+        # BCE with logits is softplus(x) - x t: the sum over points splits into a term of the query and a matrix product.
+        cost["mask"] = (F.softplus(x).sum(-1)[..., None] - torch.einsum("rbqp,bnrp->rbqn", x, t)) / P
+        p = x.sigmoid()
+        both = torch.einsum("rbqp,bnrp->rbqn", p, t)
+        cost["dice"] = 1 - (2 * both + 1) / (p.sum(-1)[..., None] + t.sum(-1).permute(2, 0, 1)[:, :, None] + 1)
+    return cost
+
+
+def assign(cost: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """Hungarian matching: total cost (R, B, Q, N) -> each object's query (R, B, N), and whether it got one (more objects than queries: not all do)."""
+    R, B, Q, N = cost.shape
+    table = np.nan_to_num(cost.detach().cpu().double().numpy(), nan=1e10, posinf=1e10, neginf=-1e10)        # one copy; the loss will report a NaN
+    query, found = np.zeros((R, B, N), np.int64), np.zeros((R, B, N), bool)
+    for r in range(R):
+        for b, n in enumerate(counts):
+            q, o = linear_sum_assignment(table[r, b, :, :n])
+            query[r, b, o], found[r, b, o] = q, True
+    return torch.from_numpy(query).to(cost.device), torch.from_numpy(found).to(cost.device)
+
+
+class Criterion(nn.Module):
+    """Hybrid matching and the losses of every prediction set: focal class, L1 and GIoU box, point-sampled BCE and dice mask.
+
+    All parts are divided by the number of objects (times groups for denoising) and weigh the same in every set.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.weights = {k: w for k, w in WEIGHTS.items() if config.masks or k not in ("mask", "dice")}
+        if not config.box_loss:
+            self.weights |= {"l1": 0.0, "giou": 0.0}            # still computed, so that the box head stays in the graph
+        kinds = {"class": "hybrid box mask", "l1": "hybrid box", "giou": "hybrid box", "mask": "hybrid mask", "dice": "hybrid mask"}
+        self.cost_parts = [k for k, uses in kinds.items() if config.matching in uses.split() and self.weights.get(k)]
+
+    def forward(self, output: Output, targets: list[dict], num_objects: float | None = None, points: dict | None = None) -> tuple[Tensor, dict]:
+        """Weighted total and the unweighted parts, {"layer9/mask": scalar, "denoising/layer9/mask": ...}.
+
+        num_objects: normaliser; default the objects in this batch. In distributed or accumulated training: max(objects in the effective batch, 1)
+        divided by the number of processes. points: given draws, {"match": (1 or R, B, P, 2), "sets": [(candidates, extra)] per image, "denoising": the same},
+        candidates (R, G * n, 3P, 2), extra (R, G * n, P / 4, 2), all uniform in 0..1; default: drawn from each image's generator.
+        """
+        device = targets[0]["labels"].device
+        with torch.autocast(device.type, enabled=False):
+            pixels = None if output.pixels is None else full_precision(output.pixels)
+            truth = Truth.of(targets, masks=self.config.masks)
+            num = float(max(sum(truth.counts), 1)) if num_objects is None else num_objects
+            generators = [generator(t, 1, device) for t in targets]
+            points = points or {"match": self.draw_match_points(generators, device)}
+            sets = stack(output.sets)
+            with torch.no_grad():
+                cost = matching_cost(sets, pixels, truth, points["match"], self.cost_parts)
+                query, found = assign(sum(WEIGHTS[k] * cost[k] for k in self.cost_parts), truth.counts)
+            losses = self.losses_of(sets, pixels, truth, query, found, 1, num, points.get("sets"), generators)
+            losses = {f"{name}/{part}": loss[r] for part, loss in losses.items() for r, name in enumerate(output.sets)}
+            if output.denoising:
+                known = torch.arange(output.groups * truth.labels.shape[1], device=device).expand(len(output.denoising), len(targets), -1)
+                valid = truth.valid.repeat(1, output.groups).expand_as(known)
+                parts = self.losses_of(stack(output.denoising), pixels, truth, known, valid, output.groups, num * output.groups,
+                                       points.get("denoising"), generators)
+                losses |= {f"denoising/{name}/{part}": loss[r] for part, loss in parts.items() for r, name in enumerate(output.denoising)
+                           if self.config.denoising == "mask" or part not in ("mask", "dice")}
+            total = sum(self.weights[name.rpartition("/")[2]] * loss for name, loss in losses.items())
+        return total, losses
+
+    def draw_match_points(self, generators: list[torch.Generator], device: torch.device) -> Tensor:
+        return torch.stack([torch.rand((self.config.mask_points, 2), generator=g, device=device) for g in generators])[None]
+
+    def losses_of(self, sets: Prediction, pixels: Tensor, truth: Truth, query: Tensor, found: Tensor, groups: int, num: float,
+                  draws: list | None, generators: list[torch.Generator]) -> dict[str, Tensor]:
+        """Unweighted losses (R,) of R stacked sets. query (R, B, G * N): which query answers for which object; found: whether one does."""
+        R, B, Q, K = sets.logits.shape
+        labels, boxes = truth.labels.repeat(1, groups), truth.boxes.repeat(1, groups, 1)                    # (B, G * N)
+        r, b = torch.arange(R, device=query.device)[:, None, None], torch.arange(B, device=query.device)[None, :, None]
+        wanted = torch.zeros_like(sets.logits).index_put((r, b, query, labels[None]), found.to(sets.logits), accumulate=True)
+        losses = {"class": sigmoid_focal_loss(sets.logits, wanted, alpha=0.25, gamma=2).flatten(1).sum(1) / num}
+        own = sets.boxes[r, b, query]                                                                       # (R, B, G * N, 4)
+        overlap = giou(box_convert(own, "cxcywh", "xyxy"), box_convert(boxes, "cxcywh", "xyxy"))
+        losses["l1"] = ((own - boxes).abs().sum(-1) * found).sum((1, 2)) / num
+        losses["giou"] = ((1 - overlap) * found).sum((1, 2)) / num
+        if truth.masks is not None:
+            own = sets.embeddings[r, b, query].unflatten(2, (groups, -1))                                   # (R, B, G, N, C)
+            parts = [self.mask_losses(own[:, i, :, :n].flatten(1, 2), pixels[i], truth.masks[i], draws[i] if draws else None, generators[i])
+                     for i, n in enumerate(truth.counts)]
+            kept = [found[:, i].unflatten(1, (groups, -1))[:, :, :n].flatten(1) for i, n in enumerate(truth.counts)]
+            for k, name in enumerate(("mask", "dice")):
+                losses[name] = sum((part[k] * keep).sum(1) for part, keep in zip(parts, kept, strict=True)) / num
+        return losses
+
+    def mask_losses(self, embeddings: Tensor, pixels: Tensor, masks: Tensor, draws: tuple | None, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        """BCE and dice, each (R, G * n), of one image's matched rows: embeddings (R, G * n, C), pixels (C, h, w), masks (n, H, W)."""
+        R, total, _ = embeddings.shape
+        n, P = len(masks), self.config.mask_points
+        if n == 0:
+            nothing = embeddings.sum(-1) + 0 * pixels.sum()                                                 # (R, 0), yet in the graph
+            return nothing, nothing
+        maps = torch.einsum("rqc,chw->rqhw", embeddings, pixels).flatten(0, 1)                              # only the matched rows' masks
+        if draws is None:
+            draws = [torch.rand((R * total, count, 2), generator=g, device=pixels.device).to(pixels) for count in (3 * P, P - int(0.75 * P))]
+        points = uncertain_points(maps, *(d.flatten(0, -3) for d in draws))                                 # (R * G * n, P, 2)
+        x = point_sample(maps[:, None], points)[:, 0]
+        # Each object's mask is sampled once, with the points of all its rows.
+        grouped = points.view(-1, n, points.shape[1], 2).transpose(0, 1).flatten(1, 2)                      # (n, R * G * P, 2)
+        t = point_sample(masks[:, None].to(x), grouped)[:, 0].view(n, -1, points.shape[1]).transpose(0, 1).flatten(0, 1)
+        bce = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(-1)
+        p = x.sigmoid()
+        dice = 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
+        return bce.view(R, total), dice.view(R, total)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def stack(sets: dict[str, Prediction]) -> Prediction:
+    """Prediction sets side by side: (R, B, Q, ...), in full precision."""
+    return Prediction(*(None if parts[0] is None else full_precision(torch.stack(parts)) for parts in zip(*sets.values(), strict=True)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- inference
+def preprocess(image: Image.Image, short: int, long: int) -> Tensor:
+    """RGB image -> (3, h, w) uint8, shorter edge `short` unless the longer would exceed `long`."""
+    w, h = image.size
+    scale = min(short / min(h, w), long / max(h, w))
+    return pil_to_tensor(image.resize((int(w * scale + 0.5), int(h * scale + 0.5)), Image.Resampling.BILINEAR))
+
+
+def detections_of(p: Prediction, pixels: Tensor | None, padded: tuple[int, int], size: tuple[int, int], original: tuple[int, int], count: int) -> dict:
+    """One image's instances: the best `count` of query x class (a query may appear with several classes), no threshold, no NMS.
+
+    p: logits (Q, K), boxes (Q, 4), embeddings (Q, C). Returns, best first: scores (n,), labels (n,), boxes (n, 4) xyxy in pixels of the original image,
+    not clipped, masks (n, H, W) bool of the original size. Score = class score times the mask's mean probability.
+    """
+    scores, best = p.logits.float().sigmoid().flatten().topk(min(count, p.logits.numel()))
+    K = p.logits.shape[-1]
+    query, labels = best // K, best % K
+    scale = torch.tensor([padded[1] * original[1] / size[1], padded[0] * original[0] / size[0]] * 2, device=p.boxes.device)
+    boxes = box_convert(p.boxes[query].float(), "cxcywh", "xyxy") * scale
+    if p.embeddings is None:
+        return {"scores": scores, "labels": labels, "boxes": boxes}
+    unique, where = query.unique(return_inverse=True)
+    masks, quality = [], []
+    for chunk in unique.split(20):                                          # a few at a time: full-size logits are most of the memory
+        x = torch.einsum("qc,chw->qhw", p.embeddings[chunk].float(), pixels.float())[None]
+        x = F.interpolate(x, size=padded, mode="bilinear", align_corners=False)[..., :size[0], :size[1]]
+        x = F.interpolate(x, size=original, mode="bilinear", align_corners=False)[0]
+        inside = x > 0
+        masks.append(inside)
+        quality.append((x.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6))
+    scores, order = (scores * torch.cat(quality)[where]).sort(descending=True, stable=True)
+    return {"scores": scores, "labels": labels[order], "boxes": boxes[order], "masks": torch.cat(masks)[where[order]]}
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+def build(config: Config, classes: dict) -> MaskDINO:
+    """A fresh model for `classes` = {"names", "category_ids", "is_thing"}."""
+    model = MaskDINO(config, len(classes["names"]))
+    model.classes = classes
+    return model
+
+
+def save(path: str | os.PathLike, content: dict) -> None:
+    """torch.save under a temporary name, then renamed: a killed run never leaves half a checkpoint."""
+    temporary = Path(f"{path}.tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def read_torch_file(path: Path) -> dict:
+    """torch.load of tensors and plain containers only. Raises ConfigError for a missing file or one that is something else."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+        raise ConfigError(f"{path} is not a file of PyTorch weights, or it is damaged") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
+    return content
+
+
+def read_checkpoint(path: str | os.PathLike, **overrides) -> tuple[dict, Config]:
+    """A checkpoint of train.py and its Config; `overrides` may change anything but the architecture (ConfigError)."""
+    content = read_torch_file(Path(path))
+    if not {"model", "config", "classes"} <= content.keys():
+        raise ConfigError(f"{path} is not a checkpoint of this project: it needs 'model', 'config' and 'classes', but holds {', '.join(sorted(map(str, content))[:5])}")
+    config = Config(**content["config"])
+    for name, value in overrides.items():
+        if name in ARCHITECTURE and value != getattr(config, name):
+            raise ConfigError(f"--{name}={value} contradicts {path}, which was trained with {getattr(config, name)}: leave it out")
+    return content, dataclasses.replace(config, **overrides)
+
+
+def load(path: str | os.PathLike, device: str | torch.device = "cpu", **overrides) -> tuple[MaskDINO, dict]:
+    """A checkpoint of train.py -> the model in evaluation mode (with its averaged weights, if it has some) and its classes.
+
+    `overrides` change fields of Config that are no architecture, such as test_short. Raises ConfigError for a file that is something else.
+    """
+    content, config = read_checkpoint(path, **overrides)
+    model = build(config, content["classes"])
+    model.load_state_dict(content["ema"] or content["model"])
+    return model.to(device).eval(), content["classes"]

@@ -1,0 +1,525 @@
+"""The model against the released implementation: golden numbers (tests/golden), parameter counts, gradients; and its edge cases.
+
+Every golden file holds weights by a recipe from the parameters' official names (recipe.py), inputs and what the released code gave. Maps of mask logits are
+kept at every fourth row and column.
+"""
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import maskdino
+from maskdino import Config, ConfigError, Criterion, MaskDINO, Output, Prediction, Truth, preset
+
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(GOLDEN))
+import recipe  # noqa: E402
+
+CLASSES = {"names": [f"class {i}" for i in range(7)], "category_ids": list(range(1, 8)), "is_thing": [True] * 7}
+HEADS = ["mask2box", "no", "bitmask", "lvl5_res2", "lvl3_high2low", "learn_tgt", "no_initial_pred", "one_stage"]
+
+
+def tensor(array):
+    return torch.from_numpy(np.asarray(array))
+
+
+def golden(name):
+    return np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------- official names
+RENAMES = [                                                              # official name -> ours
+    (r"^pixel_decoder\.transformer\.(encoder\.)?", "pixel_decoder."), (r"\.mask_features\.", ".pixel_embed."),
+    (r"\.adapter_1\.norm\.", ".lateral.1."), (r"\.adapter_1\.", ".lateral.0."), (r"\.layer_1\.norm\.", ".smooth.1."), (r"\.layer_1\.", ".smooth.0."),
+    (r"\.linear1\.", ".ffn.0."), (r"\.linear2\.", ".ffn.2."),
+    (r"^predictor\.(enc_output(_norm)?)\.", r"query_selection.\1."), (r"^predictor\.query_feat\.", "query_selection.content."),
+    (r"^predictor\.query_embed\.", "query_selection.anchor_logits."), (r"^predictor\.class_embed\.", "heads.class_head."),
+    (r"^predictor\.label_enc\.", "label_embed."), (r"^predictor\.decoder_norm\.", "heads.norm."),
+    (r"^predictor\.mask_embed\.layers\.(\d)\.", lambda m: f"heads.mask_head.{2 * int(m[1])}."),
+    (r"^predictor\._bbox_embed\.layers\.(\d)\.", lambda m: f"heads.box_head.{2 * int(m[1])}."),
+    (r"^predictor\.decoder\.ref_point_head\.layers\.(\d)\.", lambda m: f"decoder.anchor_embed.{2 * int(m[1])}."),
+    (r"^predictor\.decoder\.layers\.(\d)\.norm([12])\.", lambda m: f"decoder.layers.{m[1]}.norm{3 - int(m[2])}."),       # theirs count differently
+    (r"^predictor\.decoder\.", "decoder."),
+    (r"^backbone\.stem\.conv1\.norm\.", "backbone.body.bn1."), (r"^backbone\.stem\.", "backbone.body."),
+    (r"^backbone\.res(\d)\.", lambda m: f"backbone.body.layer{int(m[1]) - 1}."), (r"\.conv(\d)\.norm\.", r".bn\1."),
+    (r"\.shortcut\.norm\.", ".downsample.1."), (r"\.shortcut\.", ".downsample.0."),
+]
+
+
+def reverse_levels(x, heads=8):
+    """(M * L * P * n, ...) with the level axis turned round."""
+    rows = x.shape[0] // heads
+    for points in (8, 4):                                                # offsets have 4 points x 2, weights 4
+        if rows % points == 0 and (points == 8) == (x.dim() > 0 and reverse_levels.offsets):
+            return x.view(heads, rows // points, points, *x.shape[1:]).flip(1).reshape(x.shape)
+    raise AssertionError(x.shape)
+
+
+def from_official(shapes, low2high):
+    """Recipe weights under our names, levels from fine to coarse everywhere."""
+    out, levels = {}, None
+    weights = {k: torch.from_numpy(v) for k, v in recipe.make_weights(shapes).items() if recipe.canonical(k) == re.sub(r"^sem_seg_head\.", "", k)}
+    levels = sum(bool(re.search(r"input_proj\.\d\.0\.weight", k)) for k in weights)
+    for official, x in weights.items():
+        name = re.sub(r"^sem_seg_head\.", "", official)
+        for pattern, new in RENAMES:
+            name = re.sub(pattern, new, name)
+        if re.search(r"(sampling_offsets|attention_weights)\.", name) and name.startswith("decoder." if low2high else "pixel_decoder."):
+            reverse_levels.offsets = "sampling_offsets" in name
+            x = reverse_levels(x)
+        if not low2high:
+            name = re.sub(r"input_proj\.(\d)", lambda m: f"input_proj.{levels - 1 - int(m[1])}", name)
+            x = x.flip(0) if name.endswith("level_embed") else x
+        assert name not in out, name
+        out[name] = x
+    return out
+
+
+class Features(nn.Module):
+    """Stands for the backbone: the fixtures start from feature maps."""
+    channels = [8, 16, 24, 32]
+
+    def __init__(self, _config):
+        super().__init__()
+
+    def forward(self, images):
+        sizes = [(32, 40), (16, 20), (8, 10), (4, 5)]
+        return [tensor(recipe.make_feature(f"res{i + 2}", 2, c, *s)).to(images.dtype) for i, (c, s) in enumerate(zip(self.channels, sizes, strict=True))]
+
+
+def head_model(z, monkeypatch):
+    """The fixture's model with the recipe's weights, its features in place of a backbone."""
+    c = json.loads(str(z["config"]))
+    levels = {("res3", 3): (8, 16, 32), ("res3", 4): (8, 16, 32, 64), ("res2", 5): (4, 8, 16, 32, 64)}[c["in_features"][0], c["total_num_feature_levels"]]
+    config = Config(levels=levels, hidden=64, enc_layers=2, enc_ffn=128, dec_layers=3, dec_ffn=128, queries=20, two_stage=c["two_stage"],
+                    content_queries="learned" if c["learn_tgt"] else "selected", initial_prediction=c["initial_pred"],
+                    box_init="token" if c["initialize_box_type"] == "no" else c["initialize_box_type"],
+                    smallest_proposal="coarse" if c["feature_order"] == "low2high" else "fine", denoising_queries=20, mask_points=256)
+    monkeypatch.setattr(maskdino, "Backbone", Features)
+    model = MaskDINO(config, 7)
+    missing, unexpected = model.load_state_dict(from_official(json.loads(str(z["params"])), c["feature_order"] == "low2high"), strict=False)
+    assert not unexpected and not missing, (missing, unexpected)
+    return model
+
+
+def forward(model, targets=None, noise=None):
+    return model(torch.zeros(2, 3, 128, 160, dtype=torch.uint8), [(128, 160)] * 2, targets, noise)
+
+
+def close(ours, z, name, floor=1e-4):
+    """Within the suggested tolerance, or ten times what the released output changes by when its input changes in the last digit."""
+    sensitivity = json.loads(str(z["sensitivity"])).get(name, 0)
+    ours, theirs = ours.detach(), tensor(z[name])
+    if ours.shape != theirs.shape:                                       # maps are stored at every fourth cell
+        ours = ours[..., ::4, ::4]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=max(floor, 10 * sensitivity), msg=lambda m: f"{name}: {m}")
+
+
+def check_set(p, pixels, z, prefix):
+    close(p.logits, z, f"{prefix}pred_logits")
+    close(p.boxes, z, f"{prefix}pred_boxes")
+    if f"{prefix}pred_masks" in z.files:
+        close(maskdino.mask_logits(p.embeddings, pixels), z, f"{prefix}pred_masks")
+
+
+def prefixes(sets):
+    """Our names of the sets beside the fixtures': the last is theirs without a number, the others count on."""
+    inner = [n for n in sets if n != "selection"]
+    return {"selection": "interm_"} | {n: f"aux{i}_" for i, n in enumerate(inner[:-1])} | {inner[-1]: ""}
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_golden_head(case, monkeypatch):
+    z = golden(f"head_{case}")
+    model = head_model(z, monkeypatch).eval()
+    seen = {"anchors": [], "states": []}
+
+    def record(_layer, args, out):
+        seen["anchors"].append(args[2])
+        seen["states"].append(model.heads.norm(out))
+    for layer in model.decoder.layers:
+        layer.register_forward_hook(record)
+    with torch.no_grad():
+        output = forward(model)
+    names = prefixes(output.sets)
+    assert sum(f"{p}pred_logits" in z.files for p in names.values()) == len(output.sets)
+    for name, p in output.sets.items():
+        check_set(p, output.pixels, z, names[name])
+    if "mask_features" in z.files:
+        close(output.pixels, z, "mask_features")
+    for i, (anchors, state) in enumerate(zip(seen["anchors"], seen["states"], strict=True)):
+        torch.testing.assert_close(anchors, tensor(z["dec_references"][i]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(state, tensor(z["dec_hs"][i]), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("case", ["mask2box", "lvl5_res2", "lvl3_high2low"])
+def test_golden_selected_tokens(case, monkeypatch):
+    """The same tokens in the same order; the released indices count levels from coarse to fine."""
+    z = golden(f"head_{case}")
+    model = head_model(z, monkeypatch).eval()
+    scores = []
+    model.heads.class_head.register_forward_hook(lambda _m, _args, out: scores.append(out.amax(-1)) or None)
+    with torch.no_grad():
+        forward(model)
+    shapes = [(32, 40), (16, 20), (8, 10), (4, 5), (2, 3)]
+    shapes = {"mask2box": shapes[1:], "lvl5_res2": shapes, "lvl3_high2low": shapes[1:4]}[case]
+    levels = list(torch.arange(sum(h * w for h, w in shapes)).split([h * w for h, w in shapes]))
+    order = torch.cat(levels if case == "lvl3_high2low" else levels[::-1])
+    torch.testing.assert_close(scores[0][:, order], tensor(z["enc_scores"]), rtol=0, atol=1e-4)
+    assert torch.equal(scores[0][:, order].topk(20).indices, tensor(z["topk_indices"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------- training
+def training_inputs(z):
+    targets = [{"labels": tensor(z[f"target{i}_labels"]), "boxes": tensor(z[f"target{i}_boxes"]), "masks": tensor(z[f"target{i}_masks"]), "key": i}
+               for i in range(2)]
+    groups, counts = int(z["dn_scalar"]), [len(t["labels"]) for t in targets]
+    new = np.zeros(len(z["dn_label_p"]), np.int64)
+    new[z["dn_chosen"]] = z["dn_new_label"]
+    draws = [a.reshape(groups, -1, *a.shape[1:]) for a in (z["dn_label_p"], new, z["dn_box_rand"])]          # groups, then images, then objects
+    ends = np.cumsum(counts)
+    noise = [dict(zip(("flip", "label", "box"), (tensor(a[:, e - n:e]) for a in draws), strict=True)) for e, n in zip(ends, counts, strict=True)]
+    return targets, groups, noise
+
+
+def recorded_points(z, names, groups, counts):
+    """The released points of matching and losses in the shapes that Criterion takes; its rows go by object, theirs by matched query."""
+    tags = {n: {"interm_": "interm", "": "final"}.get(p, p.rstrip("_")) for n, p in names.items()}
+    empty = np.zeros((1, 256, 2), np.float32)
+    match = [[z[k] if (k := f"crit/matcher/{tags[n]}/points_img{b}") in z.files else empty for b in range(2)] for n in names]
+    points = {"match": tensor(np.stack([np.concatenate(row) for row in match])), "sets": [], "denoising": []}
+    for b, n in enumerate(counts):
+        start, sets, known = sum(counts[:b]), [], []
+        for tag in tags.values():
+            rows = z[f"crit/loss/{tag}/points"][start:start + n]
+            order = np.argsort(z[f"crit/loss/{tag}/tgt_img{b}"]) if n else []
+            sets.append(rows[order] if n else rows)
+            if tag != "interm":
+                known.append(z[f"crit/loss/dn_{tag}/points"][groups * start:groups * (start + n)])
+        # Given as the random extra ones, the final points are taken as they are.
+        points["sets"].append((torch.zeros(len(sets), n, 768, 2), tensor(np.stack(sets))))
+        points["denoising"].append((torch.zeros(len(known), n * groups, 768, 2), tensor(np.stack(known))))
+    return points
+
+
+OFFICIAL_LOSS = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou", "mask": "loss_mask", "dice": "loss_dice"}
+
+
+@pytest.mark.parametrize("case", ["train_dn", "train_dn_zero"])
+def test_golden_training(case, monkeypatch):
+    """Denoising queries, assignments, every loss, the total and the gradient of every parameter, given the recorded draws."""
+    z = golden(f"head_{case}")
+    model = head_model(z, monkeypatch).train()
+    targets, groups, noise = training_inputs(z)
+    denoising = maskdino.make_denoising(targets, model.label_embed, model.config, noise)
+    assert denoising.groups == groups
+    torch.testing.assert_close(denoising.content, tensor(z["dn_input_query_label"]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(denoising.anchors, tensor(z["dn_input_query_bbox_unsig"]).sigmoid(), rtol=0, atol=1e-6)
+    mask = maskdino.denoising_attention_mask(groups, denoising.content.shape[1] // groups, 20, torch.device("cpu"))
+    assert torch.equal(mask, tensor(z["dn_attn_mask"]))
+
+    output = forward(model, targets, noise)
+    names = prefixes(output.sets)
+    for name, p in output.sets.items():
+        check_set(p, output.pixels, z, names[name])
+    for name, p in output.denoising.items():
+        check_set(p, output.pixels, z, f"dn_out_{names[name]}")
+
+    counts = [len(t["labels"]) for t in targets]
+    points = recorded_points(z, names, groups, counts)
+    criterion = Criterion(model.config)
+    cost = maskdino.matching_cost(maskdino.stack(output.sets), output.pixels, Truth.of(targets, True), points["match"], criterion.cost_parts)
+    query, _ = maskdino.assign(sum(maskdino.WEIGHTS[k] * v for k, v in cost.items()), counts)
+    for r, name in enumerate(output.sets):
+        tag = {"interm_": "interm", "": "final"}.get(names[name], names[name].rstrip("_"))
+        for b, n in enumerate(counts):
+            wanted = np.full(n, -1)
+            wanted[z[f"crit/loss/{tag}/tgt_img{b}"]] = z[f"crit/loss/{tag}/src_img{b}"]
+            assert query[r, b, :n].tolist() == wanted.tolist(), (name, b)
+
+    total, losses = criterion(output, targets, points=points)
+    theirs = json.loads(str(z["losses"]))
+    for name, loss in losses.items():
+        *where, set_name, part = name.split("/")
+        suffix = {"interm_": "_interm", "": ""}.get(names[set_name], "_" + names[set_name][3:-1])
+        assert loss.item() == pytest.approx(theirs.pop(OFFICIAL_LOSS[part] + ("_dn" if where else "") + suffix), abs=1e-4), name
+    assert not theirs                                                    # every released term has its twin
+    assert total.item() == pytest.approx(float(z["total_loss"]), rel=1e-5)
+    total.backward()
+    check_gradients(model, z)
+
+
+def check_gradients(model, z):
+    """L2 norms of the gradients; tensors with a reversed level axis or shared names keep theirs."""
+    official = {name: norm for name, (norm, _) in json.loads(str(z["grad_norm_sum"])).items()}
+    shapes = {k: s for k, s in json.loads(str(z["params"])).items() if k in official}
+    ours = {name: p.grad for name, p in model.named_parameters()}
+    seen = set()
+    for name in shapes:
+        target = re.sub(r"^sem_seg_head\.", "", recipe.canonical(name))
+        for pattern, new in RENAMES:
+            target = re.sub(pattern, new, target)
+        wanted, got = official[name], float(ours[target].double().norm())
+        assert got == pytest.approx(wanted, rel=1e-3, abs=1e-5), (name, got, wanted)
+        seen.add(target)
+    assert seen == set(ours)
+
+
+# ---------------------------------------------------------------------------------------------------------------- criterion.npz
+def criterion_case():
+    """Stored mask logits enter as the pixel map, with unit vectors as embeddings."""
+    z = golden("criterion")
+    z = {k.removeprefix("instance/"): z[k] for k in z.files}
+    targets = [{k: tensor(z[f"img{b}_target_{k}"]) for k in ("labels", "boxes", "masks")} | {"key": b} for b in range(2)]
+    masks = tensor(z["pred_masks"])
+    p = Prediction(tensor(z["pred_logits"]), tensor(z["pred_boxes"]), torch.eye(12).expand(2, -1, -1))
+    return z, targets, Output((128, 160), masks, {"layer1": p}, {}, 0)
+
+
+def test_golden_costs_and_losses():
+    z, targets, output = criterion_case()
+    criterion = Criterion(Config(mask_points=200))
+    points = torch.stack([tensor(z[f"img{b}_match_points"]) for b in range(2)], 1)
+    cost = maskdino.matching_cost(maskdino.stack(output.sets), output.pixels, Truth.of(targets, True), points, criterion.cost_parts)
+    official = {"class": "class", "l1": "box", "giou": "giou", "mask": "mask", "dice": "dice"}
+    for b, n in enumerate((3, 5)):
+        for part, name in official.items():
+            torch.testing.assert_close(cost[part][0, b, :, :n], tensor(z[f"img{b}_cost_{name}"]), rtol=0, atol=1e-4)
+    start = np.cumsum([0, 3, 5])
+    final = [tensor(z["loss_points"][start[b]:start[b + 1]][np.argsort(z[f"img{b}_match_tgt"])])[None] for b in range(2)]
+    draws = [(torch.zeros(1, f.shape[1], 600, 2), f) for f in final]
+    _, losses = criterion(output, targets, points={"match": points, "sets": draws})
+    for part, name in OFFICIAL_LOSS.items():
+        assert float(losses[f"layer1/{part}"]) == pytest.approx(float(z[name]), abs=1e-5), part
+
+
+def test_golden_importance_sampling():
+    z = golden("criterion")
+    ours = maskdino.uncertain_points(tensor(z["points/logits"])[:, 0], tensor(z["points/draw1"]), tensor(z["points/draw2"]))
+    theirs = tensor(z["points/selected"])
+    for a, b in zip(ours, theirs, strict=True):
+        assert {tuple(p) for p in a.tolist()} == {tuple(p) for p in b.tolist()}
+
+
+@pytest.mark.parametrize("variant", ["mask2box", "bitmask"])
+def test_golden_boxes_of_masks(variant):
+    z = golden("criterion")
+    boxes = maskdino.boxes_of_masks(tensor(z["mask2box/masks"]) > 0, variant)
+    torch.testing.assert_close(maskdino.inverse_sigmoid(boxes), tensor(z[f"mask2box/{variant}_ref_unsig"]), rtol=0, atol=1e-5)
+
+
+def test_golden_giou():
+    z = golden("criterion")
+    torch.testing.assert_close(maskdino.giou(tensor(z["giou/a"])[:, None], tensor(z["giou/b"])[None]), tensor(z["giou/giou"]), rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the rest of the goldens
+def test_golden_backbone():
+    z = golden("backbone_r50")
+    backbone = maskdino.Backbone(Config())
+    weights = {k.removeprefix("backbone."): v for k, v in from_official(json.loads(str(z["params"])), True).items()}
+    missing, unexpected = backbone.load_state_dict(weights, strict=False)
+    assert not missing and not unexpected
+    model = MaskDINO(Config(enc_layers=1, dec_layers=1), 2)
+    with torch.no_grad():
+        features = backbone(model.normalise(tensor(z["image"])[None], [z["image"].shape[1:]]))
+    for i, f in enumerate(features):
+        torch.testing.assert_close(f[:, ::8], tensor(z[f"res{i + 2}_sub"]), rtol=0, atol=1e-4)
+
+
+def test_golden_instance_postprocessing():
+    z = golden("postprocess")
+    p = Prediction(tensor(z["pred_logits"])[0], tensor(z["pred_boxes"])[0], torch.eye(20))
+    padded, size, original = (tuple(z[k].tolist()) for k in ("padded_size", "image_size", "output_size"))
+    found = maskdino.detections_of(p, tensor(z["pred_masks"])[0], padded, size, original, int(z["topk"]))
+    order = np.lexsort((found["labels"], -found["scores"]))              # the fixture breaks ties by class
+    np.testing.assert_allclose(found["scores"][order], z["instance_scores"], atol=1e-5)
+    assert found["labels"][order].tolist() == z["instance_classes"].tolist()
+    np.testing.assert_allclose(found["boxes"][order], z["instance_boxes"], atol=1e-3)
+    wanted = np.unpackbits(z["instance_masks_packed"], axis=1)[:, :original[0] * original[1]].reshape(-1, *original).astype(bool)
+    assert (found["masks"].numpy()[order] != wanted).mean() < 1e-5
+
+
+@pytest.mark.parametrize("name, total, backbone, pixel_decoder", [
+    ("coco_instance_r50_50ep", 52_058_004, 23_454_912, 14_055_424), ("coco_instance_r50_50ep_hid1024", 43_816_436, 23_454_912, 6_035_904)])
+def test_parameter_counts(name, total, backbone, pixel_decoder):
+    with torch.device("meta"):
+        model = MaskDINO(preset(name), 80)
+    count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
+    assert (count(model), count(model.backbone), count(model.pixel_decoder)) == (total, backbone, pixel_decoder)
+    with torch.device("meta"):
+        assert count(MaskDINO(dataclasses.replace(preset("coco_instance_r50_50ep_hid1024"), levels=(8, 16, 32, 64)), 80)) == 48_906_132
+
+
+# ---------------------------------------------------------------------------------------------------------------- edge cases
+def tiny(**overrides):
+    return preset("shapes", **{"backbone": "resnet10", "hidden": 32, "enc_layers": 1, "dec_layers": 2, "enc_ffn": 32, "dec_ffn": 32, "queries": 8,
+                               "denoising_queries": 12, "mask_points": 64, "heads": 4} | overrides)
+
+
+def random_targets(counts, size=64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    targets = []
+    for i, n in enumerate(counts):
+        boxes = torch.rand(n, 4, generator=g) * 0.3 + 0.3
+        masks = torch.zeros(n, size, size, dtype=torch.uint8)
+        for mask, (cx, cy, w, h) in zip(masks, boxes * size, strict=True):
+            mask[int(cy - h / 2):int(cy + h / 2), int(cx - w / 2):int(cx + w / 2)] = 1
+        targets.append({"labels": torch.randint(7, (n,), generator=g), "boxes": boxes, "masks": masks, "key": i})
+    return targets
+
+
+def step(config, counts, size=64, seed=0):
+    torch.manual_seed(seed)
+    model = MaskDINO(config, 7).train()
+    targets = random_targets(counts, size)
+    images = torch.randint(256, (len(counts), 3, size, size), dtype=torch.uint8)
+    output = model(images, [(size, size)] * len(counts), targets)
+    total, losses = Criterion(config)(output, targets)
+    total.backward()
+    return model, output, total, losses
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (0, 3), (3, 0), (13, 2), (20, 1)])
+def test_any_number_of_objects(counts):
+    """None at all, more than denoising queries, more than queries: finite, and every parameter gets a gradient (DDP needs that)."""
+    model, output, total, losses = step(tiny(), counts)
+    assert torch.isfinite(total) and total > 0
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    assert output.groups == (0 if max(counts) in (0, 13, 20) else 4)
+    if max(counts) == 0:
+        assert all(float(v) == 0 for k, v in losses.items() if not k.endswith("class"))
+
+
+@pytest.mark.parametrize("change, gone", [
+    ({"task": "detection", "box_init": "token", "denoising": "box", "matching": "box"}, "mask"), ({"denoising": "none"}, "denoising"),
+    ({"denoising": "box"}, "denoising/layer1/mask"), ({"matching": "box"}, None), ({"matching": "mask"}, None), ({"box_loss": False}, None),
+    ({"content_queries": "learned"}, None), ({"two_stage": False, "box_init": "token"}, "selection"), ({"initial_prediction": False}, "initial"),
+    ({"box_init": "token"}, None), ({"box_init": "bitmask"}, None), ({"decoder_levels": 1}, None), ({"levels": (4, 8, 16, 32, 64, 128)}, None)])
+def test_every_switch_trains(change, gone):
+    model, _, total, losses = step(tiny(**change), (2, 3))
+    assert torch.isfinite(total)
+    assert all(p.grad is not None for p in model.parameters())
+    assert gone is None or not any(gone in name for name in losses)
+
+
+def test_matching_terms():
+    assert Criterion(tiny()).cost_parts == ["class", "l1", "giou", "mask", "dice"]
+    assert Criterion(tiny(matching="box")).cost_parts == ["class", "l1", "giou"]
+    assert Criterion(tiny(matching="mask")).cost_parts == ["class", "mask", "dice"]
+    assert Criterion(tiny(box_loss=False)).cost_parts == ["class", "mask", "dice"]
+
+
+def test_padding_changes_nothing_but_the_frame():
+    """The colour under the padding never enters: it is zeroed after the normalisation."""
+    torch.manual_seed(0)
+    model = MaskDINO(tiny(), 7).eval()
+    image = torch.randint(256, (1, 3, 64, 96), dtype=torch.uint8)
+    dirty = image.clone()
+    image[:, :, 50:], image[..., 70:] = 0, 0
+    dirty[:, :, 50:], dirty[..., 70:] = 200, 100
+    with torch.no_grad():
+        a, b = (model(x, [(50, 70)]).sets["layer2"].logits for x in (image, dirty))
+    assert torch.equal(a, b)
+
+
+def test_draws_depend_on_the_image_alone():
+    """An image's noise and points do not depend on the batch it is in: what makes two processes equal one."""
+    one, two = random_targets((3, 3)), random_targets((3, 3))[::-1]
+    for key in ("flip", "label", "box"):
+        assert torch.equal(maskdino.draw_noise(one[1], 4, 7)[key], maskdino.draw_noise(two[0], 4, 7)[key])
+    assert not torch.equal(maskdino.draw_noise(one[0], 4, 7)["flip"], maskdino.draw_noise(one[1], 4, 7)["flip"])
+
+
+def test_overfits_one_batch():
+    torch.manual_seed(0)
+    config = tiny(hidden=64, total_batch=2)
+    model, criterion, targets = MaskDINO(config, 7).train(), Criterion(config), random_targets((2, 3))
+    images = torch.randint(80, (2, 3, 64, 64), dtype=torch.uint8)
+    for image, target in zip(images, targets, strict=True):
+        for mask, label in zip(target["masks"], target["labels"], strict=True):
+            image[:, mask > 0] = torch.tensor([[255], [30 * int(label)], [255 - 30 * int(label)]], dtype=torch.uint8)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for i in range(120):
+        total, losses = criterion(model(images, [(64, 64)] * 2, targets), targets)
+        first = first if i else losses
+        optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    for part in ("class", "l1", "giou", "dice"):
+        assert float(losses[f"layer2/{part}"]) < 0.4 * float(first[f"layer2/{part}"]), part
+
+
+# ---------------------------------------------------------------------------------------------------------------- files, command line, prediction
+def test_save_load_predict(tmp_path):
+    torch.manual_seed(0)
+    model = maskdino.build(tiny(detections=5), CLASSES).eval()
+    maskdino.save(tmp_path / "c.pth", {"model": model.state_dict(), "ema": None, "config": dataclasses.asdict(model.config), "classes": CLASSES})
+    again, classes = maskdino.load(tmp_path / "c.pth", test_long=96)
+    assert classes == CLASSES and again.config == dataclasses.replace(model.config, test_long=96) and not list(tmp_path.glob("*.tmp"))
+    picture = np.random.default_rng(0).integers(256, size=(90, 200, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "p.png")
+    results = again.predict([picture, Image.fromarray(picture), tmp_path / "p.png"])
+    for r in results:
+        assert r["masks"].shape == (5, 90, 200) and r["boxes"].shape == (5, 4) and r["masks"].dtype == torch.bool
+        assert torch.equal(r["scores"], results[0]["scores"]) and r["scores"].diff().le(0).all()
+    assert len(again.predict([picture], threshold=1.0)[0]["scores"]) == 0
+
+
+def test_files_that_are_no_checkpoints(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        maskdino.load(tmp_path / "none.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ConfigError, match="not a file of PyTorch weights"):
+        maskdino.load(tmp_path / "text.pth")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ConfigError, match="not a checkpoint of this project"):
+        maskdino.load(tmp_path / "other.pth")
+    model = maskdino.build(tiny(), CLASSES)
+    maskdino.save(tmp_path / "c.pth", {"model": model.state_dict(), "ema": None, "config": dataclasses.asdict(model.config), "classes": CLASSES})
+    with pytest.raises(ConfigError, match="--dec_layers=4 contradicts"):
+        maskdino.load(tmp_path / "c.pth", dec_layers=4)
+
+
+def test_command_line():
+    words, actions, overrides = maskdino.parse_overrides(["shapes", "--dec_layers=6", "--keep_empty=false", "--levels=8,16", "--resume", "--lr=2e-4"],
+                                                         {"resume": bool})
+    assert words == ["shapes"] and actions == {"resume": True}
+    assert overrides == {"dec_layers": 6, "keep_empty": False, "levels": (8, 16), "lr": 2e-4}
+    for argument, message in [("--dec_layer=6", "did you mean 'dec_layers'"), ("--dec_layers=six", "expected int"), ("--keep_empty=maybe", "expected bool"),
+                              ("--dec_layers", "needs a value")]:
+        with pytest.raises(ConfigError, match=message):
+            maskdino.parse_overrides([argument], {})
+    with pytest.raises(ConfigError, match="did you mean 'shapes'"):
+        preset("shape")
+    for change, message in [({"matching": "both"}, "choose one of"), ({"levels": (8, 32)}, "each twice"), ({"task": "detection"}, "has no masks"),
+                            ({"decoder_levels": 5}, "levels"), ({"hidden": 100}, "multiple of 32")]:
+        with pytest.raises(ConfigError, match=message):
+            Config(**change)
+
+
+def test_backbone_weights(tmp_path, monkeypatch):
+    backbone = maskdino.Backbone(tiny())
+    torch.save(backbone.body.state_dict() | {"fc.weight": torch.zeros(10, 512), "fc.bias": torch.zeros(10)}, tmp_path / "w.pth")
+    fresh = maskdino.Backbone(tiny())
+    maskdino.load_backbone_weights(fresh, tiny(backbone_weights=str(tmp_path / "w.pth")))
+    assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), backbone.state_dict().values(), strict=True))
+    with pytest.raises(ConfigError, match="'layer1.1.conv1.weight' of resnet18 is missing"):
+        maskdino.load_backbone_weights(maskdino.Backbone(tiny(backbone="resnet18")), tiny(backbone="resnet18", backbone_weights=str(tmp_path / "w.pth")))
+    with pytest.raises(ConfigError, match="no ImageNet weights for resnet10"):
+        maskdino.load_backbone_weights(backbone, tiny(backbone_weights="imagenet"))
+
+    def offline(*_args, **_kwargs):
+        raise maskdino.URLError("no route to host")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(maskdino.torchvision.models._api, "load_state_dict_from_url", offline)
+    with pytest.raises(ConfigError, match="--backbone_weights=none"):
+        maskdino.load_backbone_weights(maskdino.Backbone(Config(backbone="resnet50")), Config())
