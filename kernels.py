@@ -32,7 +32,7 @@ def sampling_locations(spatial_shapes: list[tuple[int, int]], reference_points: 
 def ms_deform_attn_loops(value: Tensor, spatial_shapes: list[tuple[int, int]], reference_points: Tensor, offsets: Tensor,
                          attention_logits: Tensor) -> Tensor:
     """The equation as it is written: for each query and head, a weighted sum of L * P bilinear samples. Same contract as `ms_deform_attn`."""
-    (B, S, M, D), (Q, P) = value.shape, (offsets.shape[1], offsets.shape[4])
+    (B, _, M, D), (Q, P) = value.shape, (offsets.shape[1], offsets.shape[4])
     locations = sampling_locations(spatial_shapes, reference_points, offsets)
     weights = attention_logits.flatten(3).softmax(-1).view_as(attention_logits)     # A_mlqk, sums to 1 over levels and points
     starts = [sum(h * w for h, w in spatial_shapes[:level]) for level in range(len(spatial_shapes))]

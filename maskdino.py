@@ -23,7 +23,7 @@ import math
 import os
 import pickle
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
@@ -675,7 +675,8 @@ class MaskDINO(nn.Module):
         every = {name: self.heads(state, boxes) for name, (state, boxes) in zip(names, states, strict=True)}
         sets = {"selection": selection} if selection is not None else {}
         sets |= {name: rows(p, slice(T, None)) for name, p in every.items()}
-        return Output(tuple(images.shape[-2:]), pixels, sets, {name: rows(p, slice(0, T)) for name, p in every.items()} if T else {}, denoising.groups if T else 0)
+        noised = {name: rows(p, slice(0, T)) for name, p in every.items()} if T else {}
+        return Output(tuple(images.shape[-2:]), pixels, sets, noised, denoising.groups if T else 0)
 
     def postprocess(self, output: Output, sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]]) -> list[dict]:
         """The last prediction as detections in pixels of the original images, see `detections_of`."""
@@ -950,7 +951,8 @@ def read_checkpoint(path: str | os.PathLike, **overrides) -> tuple[dict, Config]
     """A checkpoint of train.py and its Config; `overrides` may change anything but the architecture (ConfigError)."""
     content = read_torch_file(Path(path))
     if not {"model", "config", "classes"} <= content.keys():
-        raise ConfigError(f"{path} is not a checkpoint of this project: it needs 'model', 'config' and 'classes', but holds {', '.join(sorted(map(str, content))[:5])}")
+        raise ConfigError(f"{path} is not a checkpoint of this project: it needs 'model', 'config' and 'classes', "
+                          f"but holds {', '.join(sorted(map(str, content))[:5])}")
     config = Config(**content["config"])
     for name, value in overrides.items():
         if name in ARCHITECTURE and value != getattr(config, name):

@@ -449,7 +449,8 @@ def test_overfits_one_batch():
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for i in range(120):
         total, losses = criterion(model(images, [(64, 64)] * 2, targets), targets)
-        first = first if i else losses
+        if i == 0:
+            first = losses
         optimizer.zero_grad()
         total.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,0 +1,530 @@
+"""Evaluation and pictures: box and mask AP, a page of predictions, own images, training curves.
+
+    python evaluate.py CHECKPOINT --data=DIR [--out=DIR]                        # AP on the validation split, a page of pictures
+    python evaluate.py CHECKPOINT --images=PATH --out=DIR [--threshold=0.3]     # a picture or a folder: overlays + predictions.json
+
+Also: --val_json=FILE --val_images=DIR (instead of what --data finds), --per_class, --batch_size=1, --device=cuda|mps|cpu, and these
+fields of the checkpoint's Config: --max_images (here: of the validation split, 0 = all), --test_short, --test_long, --detections, --workers.
+
+The numbers are those of pycocotools (COCOeval, 100 detections an image), except that
+- what does not apply is None ("n/a"), never -1: no ground truth in the split, or none of that size or class;
+- no detections at all is AP 0, where COCO.loadRes raises an IndexError;
+- every image counts once, whatever the number of processes.
+"""
+import colorsys
+import contextlib
+import io
+import json
+import math
+import sys
+import time
+from collections import Counter
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader, Subset
+from torchvision.ops import box_convert
+from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from tqdm import tqdm
+
+import data
+import maskdino
+
+# ---------------------------------------------------------------------------------------------------------------- numbers
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def coco_metrics(truth: dict | None, boxes: list, masks: list | None, image_ids) -> dict:
+    """Box and mask AP of results in COCO's format.
+
+    truth: {"images", "annotations", "categories"}, annotation ids from 1, `iscrowd` and `area` on each; None: there are no annotations.
+    boxes: [{"image_id", "category_id", "bbox": [x, y, w, h] in pixels, "score"}].
+    masks: [{"image_id", "category_id", "segmentation": compressed RLE, "score"}]; None: a model without masks.
+    image_ids: the images that count. None of the arguments is changed.
+
+    Returns {"box_AP", "box_AP50", "box_AP75", "box_APs", "box_APm", "box_APl", the same with mask_, "per_class": {name: {"box_AP", "mask_AP",
+    "truth": objects without crowds, "detections": boxes}}}; AP in 0..100, None = does not apply.
+    """
+    metrics = {f"{kind}_{name}": None for kind in ("box", "mask") for name in METRICS}
+    if truth is None:
+        return metrics | {"per_class": {}}
+    wanted = set(image_ids)
+    real = Counter(a["category_id"] for a in truth["annotations"] if a["image_id"] in wanted and not a["iscrowd"])
+    found = Counter(b["category_id"] for b in boxes if b["image_id"] in wanted)
+    categories = sorted(truth["categories"], key=lambda c: c["id"])
+    rows = [{"box_AP": None, "mask_AP": None, "truth": real[c["id"]], "detections": found[c["id"]]} for c in categories]
+    for kind, coco_kind, results in (("box", "bbox", boxes), ("mask", "segm", masks)):
+        if results is None:
+            continue
+        p = _precision(truth, results, coco_kind, wanted)
+        overall, small, medium, large = (p[..., area] for area in range(4))                   # (T, R, K) each
+        parts = (overall, overall[0], overall[5], small, medium, large)                       # IoU thresholds 0.50, 0.55, 0.60 ...
+        metrics |= {f"{kind}_{name}": _mean(part) for name, part in zip(METRICS, parts, strict=True)}
+        for k, row in enumerate(rows):
+            row[f"{kind}_AP"] = _mean(overall[:, :, k])
+    return metrics | {"per_class": {c["name"]: row for c, row in zip(categories, rows, strict=True)}}
+
+
+def _precision(truth: dict, results: list, kind: str, image_ids: set) -> np.ndarray:
+    """Precision (T IoU thresholds, R recalls, K categories by ascending id, A sizes) at 100 detections an image; -1 where there is no truth."""
+    # One area at a time: rle.area overflows on a list of more than 255 (pycocotools 2.0.11 with numpy 2).
+    areas = [rle.area(r["segmentation"]) if kind == "segm" else r["bbox"][2] * r["bbox"][3] for r in results]
+    found = [r | {"id": i, "area": float(area), "iscrowd": 0} for i, (r, area) in enumerate(zip(results, areas, strict=True), start=1)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        scorer = COCOeval(_index(truth, truth["annotations"]), _index(truth, found), kind)
+        scorer.params.imgIds = list(image_ids)
+        scorer.evaluate()
+        scorer.accumulate()
+    return scorer.eval["precision"][..., -1]
+
+
+def _index(truth: dict, annotations: list) -> COCO:
+    """A COCO object of copies, as COCOeval writes into annotations. (COCO.loadRes would do, but fails on an empty list.)"""
+    coco = COCO()
+    coco.dataset = {"images": truth["images"], "categories": truth["categories"], "annotations": [dict(a) for a in annotations]}
+    coco.createIndex()
+    return coco
+
+
+def _mean(precision: np.ndarray) -> float | None:
+    """Mean in 0..100 over what has ground truth; None where nothing has."""
+    known = precision[precision > -1]
+    return round(100 * float(known.mean()), 4) if known.size else None
+
+
+def table(metrics: dict, per_class: bool = False) -> str:
+    """The metrics as text: overall numbers, then a line per class when there are at most 20 (or with per_class=True)."""
+    def cells(values):
+        return "".join("    n/a" if v is None else f"{v:7.1f}" for v in values)
+
+    lines = ["    " + "".join(f"{name:>7}" for name in METRICS)]
+    lines += [f"{kind:4}" + cells(metrics[f"{kind}_{name}"] for name in METRICS) for kind in ("box", "mask")]
+    rows = metrics["per_class"]
+    if rows and (per_class or len(rows) <= 20):
+        width = max(5, *map(len, rows))
+        lines += [f"\n{'class':{width}}    box   mask    truth detections"]
+        lines += [f"{name:{width}}{cells((row['box_AP'], row['mask_AP']))} {row['truth']:8} {row['detections']:10}" for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+def hint(truth: dict | None, boxes: list) -> str:
+    """Why numbers are missing or 0, in a sentence; empty when nothing is odd."""
+    if truth is None:
+        return "the json has no annotations: predictions only, every metric is n/a"
+    real, found = {a["category_id"] for a in truth["annotations"] if not a["iscrowd"]}, {b["category_id"] for b in boxes}
+    if not real:
+        return "no ground truth in this split: every metric is n/a"
+    if not found:
+        return "no detections at all: AP is 0"
+    if not real & found:
+        return f"hint: predicted category ids {sorted(found)[:5]} and true ones {sorted(real)[:5]} do not meet: is the checkpoint of these classes?"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------------------- evaluation
+def resize_for_test(image: Image.Image, target: dict, short: int, long: int) -> tuple[torch.Tensor, dict]:
+    """The data set's transform at test time (as a partial with the sizes, see maskdino.preprocess); CocoDataset brings the masks along."""
+    return maskdino.preprocess(image, short, long), target
+
+
+def evaluate(model, dataset, out: Path, *, batch_size: int = 1, workers: int = 0, per_class: bool = False) -> dict:
+    """Runs the model over a data set and scores it, in one process or under torch.distributed.
+
+    model: a MaskDINO (not wrapped in DDP) on its device; it is left in the mode (train or eval) it came in.
+    dataset: a CocoDataset whose transform is the test-time resize. per_class: print the classes even when there are more than 20.
+    out: folder for results_bbox.json and results_segm.json, COCO's result format in pixels of the original images.
+
+    Returns what coco_metrics returns, the same on every rank. Rank r takes the images r, r + world, ...; rank 0 scores, writes and prints.
+    Raises DataError when model and data are of other classes.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = _share(model, dataset, rank, world, batch_size, workers)
+    shares, answer = [share], [None]
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, share)
+    if rank == 0:
+        found = [shares[i % world][i // world] for i in range(len(dataset))]                  # the data set's order again
+        answer = [_score(dataset, found, Path(out), per_class, model.config.task != "detection")]
+    if world > 1:
+        dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def _share(model, dataset, rank: int, world: int, batch_size: int, workers: int) -> list:
+    """This rank's part of the results, [(image id, entries)]. Masks become RLE image by image, so memory does not grow with them."""
+    ids = _category_ids(model.classes, dataset)
+    part, pin = Subset(dataset, range(rank, len(dataset), world)), next(model.parameters()).device.type == "cuda"
+    loader = DataLoader(part, batch_size, num_workers=workers, collate_fn=data.collate, pin_memory=pin)
+    share = []
+    with _inference(model):
+        for images, targets in tqdm(loader, "evaluate", unit="batch", disable=rank > 0, leave=False):
+            results = _detect(model, images, targets, [t["original_size"] for t in targets])
+            share += [(t["image_id"], _entries(r, ids)) for t, r in zip(targets, results, strict=True)]
+    return share
+
+
+def _category_ids(classes: dict, dataset) -> list[int]:
+    """The data's category id of each of the model's labels, found by name: the order may differ."""
+    names, ids = set(classes["names"]), dict(zip(dataset.class_names, dataset.category_ids, strict=True))
+    if names != ids.keys():
+        ours, theirs = (", ".join(sorted(a - b)[:5]) or "nothing" for a, b in ((names, ids.keys()), (ids.keys(), names)))
+        raise data.DataError(f"checkpoint and data are of other classes: only the checkpoint knows {ours}; only the data knows {theirs} (the first "
+                             "5); choose the data that it was trained for, or train on this")
+    return [ids[name] for name in classes["names"]]
+
+
+@contextlib.contextmanager
+def _inference(model):
+    """Eval mode without gradients; afterwards the mode is as before."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _detect(model, images: torch.Tensor, targets: list, sizes: list) -> list:
+    """The model's results for a collated batch, in pixels of images of the given (H, W) sizes."""
+    valid = [t["size"] for t in targets]
+    return model.postprocess(model(images.to(next(model.parameters()).device, non_blocking=True), valid), valid, sizes)
+
+
+def _entries(result: dict, category_ids: list[int]) -> list[dict]:
+    """One image's result as [{"category_id", "score", "bbox": [x, y, w, h], "segmentation" when there are masks}], ready for json."""
+    boxes = box_convert(result["boxes"].cpu().double(), "xyxy", "xywh").tolist()
+    rows = zip(result["labels"].tolist(), result["scores"].tolist(), boxes, strict=True)
+    entries = [{"category_id": category_ids[k], "score": round(score, 6), "bbox": [round(v, 3) for v in box]} for k, score, box in rows]
+    if "masks" in result:
+        columns = result["masks"].transpose(1, 2).to(torch.uint8).contiguous().cpu().numpy()  # (N, W, H) is (H, W, N) in Fortran's order
+        for entry, code in zip(entries, rle.encode(columns.transpose(2, 1, 0)), strict=True):
+            entry["segmentation"] = {"size": [int(n) for n in code["size"]], "counts": code["counts"].decode()}
+    return entries
+
+
+def _score(dataset, found: list, out: Path, per_class: bool, has_masks: bool) -> dict:
+    """Writes the result files, prints the table, returns the metrics. found: [(image id, entries)] of every image."""
+    out.mkdir(parents=True, exist_ok=True)
+    results = {}
+    for name, key in (("bbox", "bbox"), ("segm", "segmentation"))[:1 + has_masks]:
+        results[name] = [{"image_id": image} | {k: entry[k] for k in ("category_id", key, "score")} for image, entries in found for entry in entries]
+        (out / f"results_{name}.json").write_text(json.dumps(results[name]))
+    truth = dataset.truth()
+    metrics = coco_metrics(truth, results["bbox"], results.get("segm"), [image for image, _ in found])
+    print("\n".join(filter(None, (table(metrics, per_class), hint(truth, results["bbox"])))), flush=True)
+    return metrics
+
+
+# --------------------------------------------------------------------------------------------------------------- pictures
+def colour(label: int) -> tuple[int, int, int]:
+    """RGB of a class: hue by the golden angle; brightness by halving (van der Corput), so that the first classes differ in greyscale, too."""
+    hue, light = (0.08 + 0.618034 * label) % 1, 0.3 + 0.58 * ((0.6 + int(f"{label:012b}"[::-1], 2) / 4096) % 1)
+    rgb = np.array(colorsys.hsv_to_rgb(hue, 1, 1))
+    own = rgb @ (0.299, 0.587, 0.114)
+    rgb = rgb * light / own if own > light else 1 - (1 - rgb) * (1 - light) / (1 - own)       # towards black or white, to that brightness
+    return tuple(round(255 * c) for c in rgb)
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def overlay(image: torch.Tensor, labels: list[int], scores, boxes: torch.Tensor, masks: torch.Tensor | None, names: list[str],
+            side: int = 0) -> torch.Tensor:
+    """Draws masks, boxes and labels on a picture.
+
+    image: uint8 (3, H, W). labels: N ints. scores: N floats or None. boxes: (N, 4) xyxy in its pixels. masks: bool (N, H, W) or None.
+    names: class names by label. side: the drawing's longer side in pixels; 0: the image's own, but at least 384, so that labels are legible.
+    Returns uint8 (3, H', W') on the CPU.
+    """
+    _, H, W = image.shape
+    scale = (side or max(H, W, 384)) / max(H, W)
+    h, w = max(1, round(H * scale)), max(1, round(W * scale))
+    image = resize(image.cpu(), [h, w], antialias=True)
+    if not len(labels):
+        return image
+    boxes = boxes.cpu().float() * torch.tensor([w / W, h / H] * 2)
+    boxes = boxes.clamp(min=0).minimum(torch.tensor([w - 1, h - 1] * 2))
+    order = (boxes[:, 2:] - boxes[:, :2]).prod(1).argsort(descending=True, stable=True)       # large ones first: small ones stay visible
+    colours = [colour(label) for label in labels]
+    ordered = [colours[i] for i in order]
+    if masks is not None:
+        masks = F.interpolate(masks.cpu()[order, None].float(), (h, w), mode="bilinear", antialias=True)[:, 0] > 0.5
+        image = draw_segmentation_masks(image, masks, alpha=0.45, colors=ordered)
+        inner = -F.max_pool2d(-masks.float(), 3, 1, 1) > 0
+        image = draw_segmentation_masks(image, masks & ~inner, alpha=1.0, colors=ordered)
+    canvas = to_pil_image(draw_bounding_boxes(image, boxes[order], colors=ordered, width=max(1, round(max(h, w) / 640))))
+    texts = [names[k] if scores is None else f"{names[k]} {float(scores[i]):.2f}" for i, k in enumerate(labels)]
+    _write_labels(canvas, boxes.tolist(), texts, colours, max(12, round(max(h, w) / 55)))
+    return pil_to_tensor(canvas)
+
+
+def _write_labels(canvas: Image.Image, boxes: list, texts: list, colours: list, size: int) -> None:
+    """A text on its colour above each box (xyxy), or else inside or below; where all that is taken by earlier texts, none."""
+    draw, font, taken = ImageDraw.Draw(canvas), _font(size), []
+    for (left, top, _, bottom), text, rgb in zip(boxes, texts, colours, strict=True):
+        w, h = math.ceil(draw.textlength(text, font)) + 5, size + 3
+        x = max(0, min(int(left), canvas.width - w))
+        for y in map(int, (top - h, top, bottom - h, bottom)):
+            if 0 <= y <= canvas.height - h and all(x >= x1 or x + w <= x0 or y >= y1 or y + h <= y0 for x0, y0, x1, y1 in taken):
+                taken.append((x, y, x + w, y + h))
+                draw.rectangle(taken[-1], fill=rgb)
+                ink = "black" if np.dot(rgb, (0.299, 0.587, 0.114)) > 128 else "white"
+                draw.text((x + 3, y + h / 2), text, fill=ink, font=font, anchor="lm")
+                break
+
+
+def page(dataset, model, path: Path, count: int = 12, threshold: float = 0.3, title: str = "") -> None:
+    """Saves a PNG of `count` images spread over the data set, truth beside prediction (scores from `threshold`); title: its first line."""
+    count = min(count, len(dataset))
+    side, gap, pairs, top = 256, 8, min(3, count), 64
+    with _inference(model):
+        drawn = [_pair(dataset, i * len(dataset) // count, model, threshold, side) for i in range(count)]
+    rows = [[tile for pair in drawn[i:i + pairs] for tile in pair] for i in range(0, count, pairs)]
+    heights = [max(tile.height for tile in row) for row in rows]
+    left = [gap + i * (side + gap) + i // 2 * gap for i in range(2 * pairs)]                  # twice the gap between pairs
+    sheet = Image.new("RGB", (left[-1] + side + gap, top + sum(heights) + gap * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    title = title or f"{count} of {len(dataset)} images: truth beside prediction, scores from {threshold:g}"
+    draw.text((gap, 22), title, fill="black", font=_font(20), anchor="lm")
+    for i, x in enumerate(left):
+        draw.text((x + side / 2, top - 14), ("truth", "prediction")[i % 2], fill="#444444", font=_font(15), anchor="mm")
+    for row, height in zip(rows, heights, strict=True):
+        for x, tile in zip(left, row, strict=False):                                          # the last row may be shorter
+            sheet.paste(tile, (x + (side - tile.width) // 2, top + (height - tile.height) // 2))
+        top += height + gap
+    sheet.save(path)
+
+
+def _pair(dataset, index: int, model, threshold: float, side: int) -> list[Image.Image]:
+    """Truth and prediction of one image, drawn."""
+    image, target = dataset[index]
+    result = _detect(model, *data.collate([(image, target)]), [target["size"]])[0]
+    keep = result["scores"] >= threshold
+    result = {key: value[keep] for key, value in result.items()}
+    names, (H, W) = model.classes["names"], target["size"]
+    labels = [names.index(dataset.class_names[k]) for k in target["labels"].tolist()]
+    boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor([W, H, W, H])
+    truth = overlay(image, labels, None, boxes, target["masks"].bool() if "masks" in result else None, names, side)
+    guess = overlay(image, result["labels"].tolist(), result["scores"], result["boxes"], result.get("masks"), names, side)
+    return [to_pil_image(truth), to_pil_image(guess)]
+
+
+# ----------------------------------------------------------------------------------------------------------------- curves
+INKS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
+
+
+def curves(log_path: Path, path: Path) -> None:
+    """Draws a run's log.jsonl as a page of four charts: loss, learning rate, gradient norm, AP.
+
+    Lines: {"kind": "step", "step", "loss", "lr", "grad_norm", "losses": {part: value}} and {"kind": "epoch", "step", "box_AP", "mask_AP"}.
+    Parts whose names differ only before the last "/" (the same part of several layers) are drawn as one line, their mean.
+    """
+    lines = [json.loads(line) for line in Path(log_path).read_text().splitlines()]
+    steps, epochs = ([line for line in lines if line["kind"] == kind] for kind in ("step", "epoch"))
+
+    def points(rows, get):
+        return _thin([(row["step"], get(row)) for row in rows])
+
+    def part(name, row):
+        values = [v for key, v in row["losses"].items() if key.rpartition("/")[2] == name and v is not None]
+        return sum(values) / len(values) if values else None
+
+    names = list(dict.fromkeys(key.rpartition("/")[2] for row in steps for key in row["losses"]))[:len(INKS)]
+    loss = {name: (ink, points(steps, partial(part, name))) for ink, name in zip(INKS, names, strict=False)}
+    charts = {"loss (log scale)": {"total": ("#222222", points(steps, lambda row: row["loss"]))} | loss,
+              "learning rate": {"lr": (INKS[0], points(steps, lambda row: row["lr"]))},
+              "gradient norm": {"grad_norm": (INKS[0], points(steps, lambda row: row["grad_norm"]))},
+              "AP": {key: (ink, points(epochs, lambda row, key=key: row.get(key))) for ink, key in zip(INKS, ("box_AP", "mask_AP"), strict=False)}}
+    zoom, width, height, margin = 2, 700, 400, 24                                             # drawn twice as large, then halved: smooth lines
+    sheet = Image.new("RGB", (zoom * (2 * width + 3 * margin), zoom * (2 * height + 3 * margin)), "white")
+    for i, (title, series) in enumerate(charts.items()):
+        corner = margin + i % 2 * (width + margin), margin + i // 2 * (height + margin)
+        _chart(ImageDraw.Draw(sheet), [zoom * v for v in (*corner, width, height)], title, series, zoom, log="log" in title)
+    sheet.resize((sheet.width // zoom, sheet.height // zoom), Image.Resampling.LANCZOS).save(path)
+
+
+def _thin(points: list, bins: int = 250) -> list[tuple[float, float]]:
+    """At most `bins` (x, y): means of neighbours, so that a long log reads as a line and not as a band. What is not finite is left out."""
+    points = np.array([(x, y) for x, y in points if y is not None and math.isfinite(y)]).reshape(-1, 2)
+    return [tuple(chunk.mean(0).tolist()) for chunk in np.array_split(points, min(bins, max(1, len(points)))) if len(chunk)]
+
+
+def _ticks(low: float, high: float, log: bool) -> list[float]:
+    """Round numbers within low..high: about 3 to 8 of them. log: the bounds are exponents of 10, the numbers are not."""
+    if log:
+        values = [m * 10.0 ** e for e in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
+        values = [v for v in values if low <= math.log10(v) <= high]
+        return values if len(values) < 9 else [v for v in values if f"{v:e}"[0] == "1"]
+    rough = (high - low) / 3
+    step = 10.0 ** math.floor(math.log10(rough))
+    step *= 5 if 5 * step <= rough else 2 if 2 * step <= rough else 1
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _chart(draw: ImageDraw.ImageDraw, area: list, title: str, series: dict, zoom: int, log: bool) -> None:
+    """A chart with title, legend, axes and lines. area: (x, y, width, height); series: {name: (colour, [(x, y)])}; log: a logarithmic y axis."""
+    x0, y0, width, height = area
+    left, top, right, bottom = x0 + 56 * zoom, y0 + 44 * zoom, x0 + width - 12 * zoom, y0 + height - 42 * zoom
+    text = partial(draw.text, font=_font(13 * zoom), fill="#333333")
+    draw.text((x0, y0), title, fill="black", font=_font(17 * zoom), anchor="lm")
+    scale = math.log10 if log else float
+    series = {name: (ink, [(x, scale(y)) for x, y in line if y > 0 or not log]) for name, (ink, line) in series.items()}
+    points = np.array([point for _, line in series.values() for point in line])
+    if not len(points):
+        text(((left + right) / 2, (top + bottom) / 2), "nothing in the log yet", anchor="mm")
+        return
+    last, ys = max(points[:, 0].max(), 1), np.sort(points[:, 1])
+    high = ys[-1 - len(ys) // 100]                                                            # a spike, 1 % of the points, may leave the frame
+    low, high = (ys[0] - 0.05, high + 0.05) if log else (0.0, 1.05 * high or 1.0)
+
+    def place(x, y):
+        return left + (right - left) * x / last, bottom - (bottom - top) * min(max((y - low) / (high - low), 0), 1)
+
+    for value in _ticks(low, high, log):
+        y = place(0, scale(value))[1]
+        draw.line((left, y, right, y), fill="#e4e4e4", width=zoom)
+        text((left - 6 * zoom, y), f"{value:g}", anchor="rm")
+    for value in _ticks(0, last, False):
+        x = place(value, 0)[0]
+        draw.line((x, bottom, x, bottom + 4 * zoom), fill="#333333", width=zoom)
+        text((x, bottom + 14 * zoom), f"{value:g}", anchor="mm")
+    text(((left + right) / 2, bottom + 32 * zoom), "step", anchor="mm")
+    draw.line((left, top, left, bottom, right, bottom), fill="#333333", width=zoom)
+    x = left
+    for name, (ink, line) in series.items():
+        dots = [place(*point) for point in line]
+        draw.line(dots, fill=ink, width=2 * zoom, joint="curve")
+        for a, b in dots if len(dots) <= 30 else ():
+            draw.ellipse((a - 3 * zoom, b - 3 * zoom, a + 3 * zoom, b + 3 * zoom), fill=ink)
+        if len(series) > 1:
+            draw.line((x, y0 + 26 * zoom, x + 14 * zoom, y0 + 26 * zoom), fill=ink, width=3 * zoom)
+            text((x + 18 * zoom, y0 + 26 * zoom), name, anchor="lm")
+            x += 34 * zoom + draw.textlength(name, _font(13 * zoom))
+
+
+# ------------------------------------------------------------------------------------------------------------- own images
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+
+def predict_folder(model, images: Path, out: Path, threshold: float = 0.3) -> list[dict]:
+    """Predicts one picture or a folder of them, one at a time.
+
+    Leaves in `out` an overlay per picture (its stem, or its name where two share a stem; .jpg for JPEG, else .png) and predictions.json: a list of
+    {file_name, category_id, category_name, score, bbox [x, y, w, h], segmentation {size, counts}} in pixels of the original image,
+    upright as a viewer shows it. Returns that list. Raises DataError: nothing there, not a picture, `out` is the pictures' own folder.
+    """
+    files, out = _picture_files(Path(images)), Path(out)
+    if out.resolve() == files[0].resolve().parent:
+        raise data.DataError(f"--out={out} is the pictures' own folder, where overlays would replace them: choose another")
+    out.mkdir(parents=True, exist_ok=True)
+    names, ids = model.classes["names"], model.classes["category_ids"]
+    predictions, stems = [], Counter(file.stem for file in files)
+    for file in tqdm(files, "predict", unit="image", leave=False):
+        image = _open_picture(file)
+        result = model.predict([image], threshold=threshold)[0]
+        labels = result["labels"].tolist()
+        for label, entry in zip(labels, _entries(result, ids), strict=True):
+            predictions.append({"file_name": file.name, "category_id": ids[label], "category_name": names[label]} | entry)
+        suffix = ".jpg" if file.suffix.lower() in (".jpg", ".jpeg") else ".png"
+        name = (file.stem if stems[file.stem] == 1 else file.name) + suffix                   # a.png beside a.bmp: a.png.png, a.bmp.png
+        drawn = overlay(pil_to_tensor(image), labels, result["scores"], result["boxes"], result.get("masks"), names)
+        to_pil_image(drawn).save(out / name, quality=92)
+    (out / "predictions.json").write_text(json.dumps(predictions, indent=1))
+    return predictions
+
+
+def _picture_files(images: Path) -> list[Path]:
+    """The picture that `images` is, or the pictures in that folder (not below it), sorted."""
+    if not images.exists():
+        raise data.DataError(f"--images={images}: there is no such file or folder; name a picture or a folder of pictures")
+    files = [images] if images.is_file() else sorted(f for f in images.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != ".")
+    if not files:
+        raise data.DataError(f"--images={images}: no picture ({' '.join(SUFFIXES)}) in this folder; folders below it are not searched")
+    return files
+
+
+def _open_picture(file: Path) -> Image.Image:
+    """The picture as RGB, upright: phones store the camera's orientation beside the pixels (EXIF)."""
+    try:
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:         # SyntaxError is how Pillow calls a broken PNG
+        raise data.DataError(f"{file} is not a picture that can be read ({error}): repair it, or take it away") from error
+
+
+# ----------------------------------------------------------------------------------------------------------- command line
+ACTIONS = {"data": str, "out": str, "images": str, "threshold": float, "val_json": str, "val_images": str, "per_class": bool,
+           "batch_size": int, "device": str}
+DEFAULTS = dict.fromkeys(ACTIONS) | {"threshold": 0.3, "per_class": False, "batch_size": 1}
+OVERRIDES = ("max_images", "test_short", "test_long", "detections", "workers")                # what of Config may change at evaluation
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device of this name; None: cuda if there is one, else mps, else cpu. Raises ConfigError when it cannot be had."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    had = [kind for kind, available in there.items() if available]
+    if name and name.partition(":")[0] not in had:
+        raise maskdino.ConfigError(f"--device={name}: this machine has {', '.join(had)}")
+    return torch.device(name or had[0])
+
+
+def _parse(argv: list[str]) -> tuple[str, dict, dict]:
+    """(checkpoint, actions, overrides of its Config). Raises ConfigError."""
+    words, actions, overrides = maskdino.parse_overrides(argv, ACTIONS)
+    actions = DEFAULTS | actions
+    fixed = [key for key in overrides if key not in OVERRIDES]
+    if len(words) != 1:
+        raise maskdino.ConfigError(f"one checkpoint is needed, not {len(words)}: python evaluate.py CHECKPOINT --data=DIR | --images=PATH --out=DIR")
+    if fixed:
+        raise maskdino.ConfigError(f"--{fixed[0]} comes from the checkpoint; at evaluation there are --{', --'.join(OVERRIDES)}")
+    if not 0 <= actions["threshold"] <= 1:
+        raise maskdino.ConfigError(f"--threshold={actions['threshold']:g}: a score is between 0 and 1")
+    if bool(actions["images"]) == bool(actions["data"] or actions["val_json"]) or actions["images"] and not actions["out"]:
+        raise maskdino.ConfigError("give either --data=DIR (AP on its validation split) or --images=PATH --out=DIR (own pictures)")
+    return words[0], actions, overrides
+
+
+def _evaluate_data(model, checkpoint: Path, actions: dict, max_images: int) -> None:
+    """AP on the validation split; the results, result_eval.json and predictions.png go to --out, else beside the checkpoint."""
+    json_path, images = data.find_coco(actions["data"] or ".", "val", actions["val_json"], actions["val_images"])
+    print(f"annotations {json_path}, images {images}")
+    config, out = model.config, Path(actions["out"] or checkpoint.parent)
+    transform = partial(resize_for_test, short=config.test_short, long=config.test_long)
+    dataset = data.CocoDataset(json_path, images, transform, max_images=max_images)
+    start = time.perf_counter()
+    metrics = evaluate(model, dataset, out, batch_size=actions["batch_size"], workers=config.workers, per_class=actions["per_class"])
+    facts = {"checkpoint": str(checkpoint), "data": str(json_path), "images": len(dataset), "seconds": round(time.perf_counter() - start, 1)}
+    (out / "result_eval.json").write_text(json.dumps(facts | metrics, indent=1))
+    page(dataset, model, out / "predictions.png", threshold=actions["threshold"])
+    print(f"{len(dataset)} images in {facts['seconds']} s; result_eval.json, predictions.png and the results are in {out}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line. What the user can mend ends as one sentence and exit code 1."""
+    try:
+        checkpoint, actions, overrides = _parse(sys.argv[1:] if argv is None else argv)
+        model, _ = maskdino.load(checkpoint, choose_device(actions["device"]), **overrides)
+        if actions["images"]:
+            predictions = predict_folder(model, actions["images"], actions["out"], actions["threshold"])
+            print(f"{len(predictions)} objects; overlays and predictions.json are in {actions['out']}")
+        else:
+            _evaluate_data(model, Path(checkpoint), actions, overrides.get("max_images", 0))  # not the training's number
+    except (data.DataError, maskdino.ConfigError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

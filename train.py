@@ -1,0 +1,431 @@
+"""Training: presets, the loop, checkpoints, logs. One process or many, the same command.
+
+    python train.py                                                             # preset `shapes`: generated data, a laptop's CPU, 10 minutes
+    python train.py --list                                                      # all presets
+    torchrun --standalone --nproc_per_node=8 train.py coco_instance_r50_50ep --data=/data/coco
+    python train.py coco_instance_r50_12ep --data=/data/mine --epochs=20 --total_batch=4 --accumulate=2 --image_size=512
+
+Every field of `maskdino.Config` is a flag. Beside them: --data=DIR or --{train,val}_{json,images}=PATH, --out=DIR (runs/PRESET), --epochs=N (instead of
+iterations; learning rate drops at the same fractions), --resume (goes on from the run's checkpoint if there is one, else starts), --overwrite, --device.
+
+A run leaves config.json, log.jsonl, checkpoint.pth, result.json, results_{bbox,segm}.json, predictions.png and curves.png.
+
+Every random number of a step is a function of the seed and the sample's position in the run, so a step does not depend on the number of processes,
+on accumulation, on loader workers or on how often the run was stopped and resumed; checkpoints need no generator states.
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import evaluate
+import maskdino
+from maskdino import Config, ConfigError, Criterion, MaskDINO
+
+ACTIONS = {"data": str, "out": str, "resume": bool, "overwrite": bool, "list": bool, "epochs": float, "device": str,
+           "train_json": str, "train_images": str, "val_json": str, "val_images": str}
+SHAPES = Path("datasets/shapes")                                        # where the generated data set lives
+RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pth", "result.json", "results_bbox.json", "results_segm.json", "predictions.png", "curves.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------- processes
+@dataclass(frozen=True)
+class World:
+    """This process among all: torchrun's variables, or one process alone."""
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over all processes, in float64 (on MPS, which has none, in float32)."""
+        if self.size == 1:
+            return values
+        t = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(t)
+        return t.tolist()
+
+
+def start_world(device: str | None) -> World:
+    """Joins torchrun's processes (nccl on GPUs, gloo on CPUs) if it started us."""
+    rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    chosen = evaluate.choose_device(device)
+    if size > 1:
+        if chosen.type == "cuda":
+            chosen = torch.device("cuda", local)
+            torch.cuda.set_device(chosen)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return World(rank, size, chosen)
+
+
+# ---------------------------------------------------------------------------------------------------------------- optimizer
+def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
+    """No weight decay on norms and embeddings; biases and the level vector decay, as released. The backbone learns at lr x backbone_lr."""
+    backbone = {id(p) for p in model.backbone.parameters()}
+    groups: dict[tuple[float, float], list] = {}
+    for module in model.modules():
+        free = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.Embedding))
+        for p in module.parameters(recurse=False):
+            lr = config.lr * (config.backbone_lr if id(p) in backbone else 1)
+            groups.setdefault((lr, 0.0 if free else config.weight_decay), []).append(p)
+    return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+
+
+def lr_factor(step: int, config: Config) -> float:
+    """What the learning rates are multiplied with at a step (counted from 0): linear warm-up, then drops by ten or half a cosine."""
+    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    if config.lr_schedule == "cosine":
+        return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.iterations)))
+    return warm * 0.1 ** sum(step >= drop for drop in config.lr_drops)
+
+
+# ---------------------------------------------------------------------------------------------------------------- one step
+@dataclass
+class State:
+    """What a checkpoint holds."""
+    model: MaskDINO
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    ema: AveragedModel | None
+    step: int = 0                   # finished steps
+    seconds: float = 0.0            # spent on them, over all sessions
+
+    @classmethod
+    def fresh(cls, model: MaskDINO, config: Config) -> "State":
+        optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.lr)
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
+        return cls(model, optimizer, LambdaLR(optimizer, partial(lr_factor, config=config)), ema)
+
+    @property
+    def best(self) -> MaskDINO:
+        """The model to evaluate: the averaged one if there is one."""
+        return self.ema.module if self.ema else self.model
+
+    def save(self, path: Path, config: Config) -> None:
+        maskdino.save(path, {"model": self.model.state_dict(), "ema": self.ema.module.state_dict() if self.ema else None,
+                             "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(), "step": self.step,
+                             "seconds": self.seconds, "config": dataclasses.asdict(config), "classes": self.model.classes})
+
+    def restore(self, content: dict) -> None:
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scheduler.load_state_dict(content["scheduler"])
+        if self.ema:
+            self.ema.module.load_state_dict(content["ema"] or content["model"])
+        self.step, self.seconds = content["step"], content["seconds"]
+
+
+def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager:
+    """bfloat16 where asked for, or by itself on GPUs that have it. Matcher and losses leave it again."""
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def to_device(targets: list[dict], device: torch.device) -> list[dict]:
+    return [{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in t.items()} for t in targets]
+
+
+def forward_backward(network: nn.Module, criterion: Criterion, batches: list, config: Config, world: World) -> tuple[float, dict[str, Tensor]]:
+    """Gradients of one effective batch: this process's micro-batches, one after the other.
+
+    Returns this process's share of the loss and its parts. The losses are divided by the objects of the whole effective batch (over processes and
+    micro-batches) divided by the processes, since DDP averages over them: the gradient is that of one process with everything in one batch.
+    """
+    objects, = world.sum([sum(len(t["labels"]) for _, targets in batches for t in targets)])
+    num_objects = max(objects, 1) / world.size
+    total, parts = 0.0, {}
+    for i, (images, targets) in enumerate(batches):
+        last = i == len(batches) - 1
+        images, targets = images.to(world.device, non_blocking=True), to_device(targets, world.device)
+        with contextlib.nullcontext() if last or world.size == 1 else network.no_sync():
+            with autocast(config, world.device):
+                output = network(images, [t["size"] for t in targets], targets)
+            loss, losses = criterion(output, targets, num_objects)
+            loss.backward()
+        total += loss.item()
+        for name, value in losses.items():
+            where, part = "denoising/" if name.startswith("denoising/") else "", name.rpartition("/")[2]
+            parts[where + part] = parts.get(where + part, 0) + value.detach()       # summed over the prediction sets
+    return total, parts
+
+
+def train_step(state: State, network: nn.Module, criterion: Criterion, batches: list, config: Config, world: World) -> dict | None:
+    """One optimizer step. Returns what the log wants to know, or None when the loss or gradient was not finite and the step was skipped (on all ranks)."""
+    seed = np.random.SeedSequence([config.seed, state.step, world.rank]).generate_state(1)[0]
+    torch.manual_seed(int(seed))                                                    # for whatever layers draw by themselves
+    state.optimizer.zero_grad(set_to_none=True)
+    own, parts = forward_backward(network, criterion, batches, config, world)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
+    loss = world.sum([own])[0] / world.size
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    lr = state.optimizer.param_groups[-1]["lr"]
+    if finite:
+        state.optimizer.step()
+        if state.ema:
+            state.ema.update_parameters(state.model)
+    elif not math.isfinite(own) or not math.isfinite(loss):
+        ids = [t["image_id"] for _, targets in batches for t in targets]
+        bad = {k: float(v) for k, v in parts.items() if not math.isfinite(v)}
+        tqdm.write(f"step {state.step + 1}: the loss is not finite, step skipped; rank {world.rank}, images {ids}, parts {bad}")
+    elif world.first:
+        tqdm.write(f"step {state.step + 1}: the gradient is not finite (the loss is {loss:.4g}), step skipped")
+    state.scheduler.step()
+    state.step += 1
+    return {"loss": loss, "parts": parts, "lr": lr, "grad_norm": float(norm)} if finite else None
+
+
+# ---------------------------------------------------------------------------------------------------------------- the loop
+def train(state: State, config: Config, dataset: data.CocoDataset, out: Path, world: World, evaluation: data.CocoDataset | None) -> None:
+    """From state.step to the end. Writes log lines and checkpoints; evaluates at epochs when asked to."""
+    stop = min(config.iterations, config.max_steps or config.iterations)
+    sampler = data.BatchSampler(len(dataset), total_batch=config.total_batch, world=world.size, rank=world.rank, accumulate=config.accumulate,
+                                seed=config.seed, start_step=state.step, steps=stop)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=data.collate, num_workers=config.workers, pin_memory=world.device.type == "cuda")
+    criterion = Criterion(config)
+    network = state.model.train()
+    if world.size > 1:
+        network = DistributedDataParallel(network, device_ids=[world.device] if world.device.type == "cuda" else None)
+    bad, batches, start, began = 0, iter(loader), state.step, time.perf_counter()
+    before = state.seconds
+    bar = tqdm(range(state.step, stop), "train", initial=state.step, total=stop, disable=not world.first, mininterval=1, leave=False)
+    for _ in bar:
+        facts = train_step(state, network, criterion, [next(batches) for _ in range(config.accumulate)], config, world)
+        state.seconds = before + time.perf_counter() - began
+        bad = bad + 1 if facts is None else 0
+        if bad >= config.max_bad_steps:
+            raise ConfigError(f"{bad} steps in a row had no finite loss: look at the images named above, lower --lr, or try --precision=fp32")
+        if facts and (state.step % config.log_every == 0 or state.step == start + 1):
+            write_step(out, state, config, world, facts, (state.step - start) * config.total_batch / (time.perf_counter() - began))
+            bar.set_postfix_str(f"loss {facts['loss']:.2f}, lr {facts['lr']:.1e}")
+        epoch = state.step * config.total_batch // len(dataset)
+        if epoch > (state.step - 1) * config.total_batch // len(dataset) and state.step < stop:
+            scores = {}
+            if config.evaluate_every and epoch % config.evaluate_every == 0 and evaluation is not None:
+                scores = score(state.best, evaluation, out, config)
+                network.train()
+            write_epoch(out, state, config, world, epoch, scores)
+        if state.step % config.checkpoint_every == 0 or state.step == stop:
+            if world.first:
+                state.save(out / "checkpoint.pth", config)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def write_step(out: Path, state: State, config: Config, world: World, facts: dict, speed: float) -> None:
+    names = sorted(facts["parts"])
+    values = [v / world.size for v in world.sum([float(facts["parts"][k]) for k in names])]
+    line = {"kind": "step", "step": state.step, "loss": facts["loss"], "losses": dict(zip(names, values, strict=True)), "lr": facts["lr"],
+            "grad_norm": facts["grad_norm"], "images_per_second": round(speed, 3), "peak_memory": peak_memory(world.device), "batch": config.total_batch}
+    append(out, world, line)
+
+
+def write_epoch(out: Path, state: State, config: Config, world: World, epoch: float, scores: dict) -> None:
+    append(out, world, {"kind": "epoch", "step": state.step, "epoch": epoch, "seconds": round(state.seconds, 1)}
+           | {k: v for k, v in scores.items() if k != "per_class"})
+
+
+def append(out: Path, world: World, line: dict) -> None:
+    if world.first:
+        with open(out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def score(model: MaskDINO, dataset: data.CocoDataset, out: Path, config: Config) -> dict:
+    return evaluate.evaluate(model, dataset, out, batch_size=max(1, min(8, config.total_batch)), workers=config.workers)
+
+
+# ---------------------------------------------------------------------------------------------------------------- setting up a run
+def prepare_folder(out: Path, actions: dict) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh start. Raises ConfigError for a folder that is in use."""
+    used = out.exists() and any(out.iterdir())
+    if used and actions.get("overwrite"):
+        for name in RUN_FILES:
+            (out / name).unlink(missing_ok=True)
+    elif used and not actions.get("resume"):
+        raise ConfigError(f"{out} is not empty: --resume goes on with that run, --overwrite starts it again, --out=DIR takes another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "checkpoint.pth"
+    return checkpoint if actions.get("resume") and checkpoint.exists() else None
+
+
+def cut_log(out: Path, step: int) -> None:
+    """Leaves out the lines after a checkpoint's step: they will be written again."""
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    log.write_text("".join(f"{line}\n" for line in kept))
+
+
+def open_data(config: Config, actions: dict, world: World, name: str) -> tuple[data.CocoDataset, data.CocoDataset | None]:
+    """Training and evaluation data. Prints what was found. Raises DataError or ConfigError before anything expensive begins."""
+    where = actions.get("data")
+    if where is None and name.startswith("shapes") and "train_json" not in actions:
+        where = SHAPES
+        if world.first:
+            data.make_shapes(SHAPES)
+        if world.size > 1:
+            dist.barrier()
+    if where is None and "train_json" not in actions:
+        raise ConfigError("training needs data: --data=DIR (a COCO tree) or --train_json=FILE --train_images=DIR --val_json=FILE --val_images=DIR")
+    jitter = data.large_scale_jitter(config.image_size, config.scale_jitter, config.flip)
+    resize = partial(evaluate.resize_for_test, short=config.test_short, long=config.test_long)
+
+    def split(which: str, transform, keep_empty: bool) -> data.CocoDataset:
+        paths = data.find_coco(where, which, actions.get(f"{which}_json"), actions.get(f"{which}_images"))
+        dataset = data.CocoDataset(*paths, transform, keep_empty=keep_empty, max_images=config.max_images)
+        if world.first:
+            print(f"{which} data: {paths[0]}, images in {paths[1]}: {len(dataset)} images, {len(dataset.class_names)} classes")
+        return dataset
+    training = split("train", jitter, config.keep_empty)
+    if config.evaluate_on == "train":
+        return training, split("train", resize, config.keep_empty)
+    return training, split("val", resize, True)
+
+
+def in_epochs(config: Config, epochs: float, images: int) -> Config:
+    """The same schedule over `epochs` passes of the data: drops and warm-up at the same fractions."""
+    iterations = max(1, round(epochs * images / config.total_batch))
+    scaled = [round(n * iterations / config.iterations) for n in (*config.lr_drops, config.warmup)]
+    return dataclasses.replace(config, iterations=iterations, lr_drops=tuple(scaled[:-1]), warmup=scaled[-1])
+
+
+def resume_config(config: Config, checkpoint: Path, overrides: dict, classes: dict) -> tuple[Config, dict]:
+    """A checkpoint's content, and the configuration with its architecture: the checkpoint wins, the differences are printed."""
+    content, trained = maskdino.read_checkpoint(checkpoint, **overrides)
+    if content["classes"] != classes:
+        ours, theirs = content["classes"]["names"], classes["names"]
+        raise ConfigError(f"{checkpoint} has {len(ours)} classes ({', '.join(ours[:4])} ...), the data {len(theirs)} ({', '.join(theirs[:4])} ...): "
+                          "resume with the data it was trained on")
+    changes = {k: getattr(trained, k) for k in maskdino.ARCHITECTURE if getattr(trained, k) != getattr(config, k)}
+    for name, value in changes.items():
+        print(f"{checkpoint} was trained with {name}={value}, not {getattr(config, name)}: its value is used")
+    return dataclasses.replace(config, **changes), content
+
+
+def check_batch(config: Config, world: World) -> None:
+    if config.total_batch % (world.size * config.accumulate):
+        raise ConfigError(f"--total_batch={config.total_batch} is no multiple of {world.size} process(es) x --accumulate={config.accumulate}")
+    if world.first:
+        micro = config.total_batch // (world.size * config.accumulate)
+        print(f"batch {config.total_batch} = {world.size} process(es) x {config.accumulate} accumulated x {micro} images")
+
+
+# ---------------------------------------------------------------------------------------------------------------- results
+def git_hash() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def result_of(config: Config, name: str, overrides: dict, state: State, world: World, scores: dict) -> dict:
+    """The run in one flat dictionary; what does not apply is None."""
+    facts = {"preset": name, "overrides": overrides, "seed": config.seed, "git": git_hash(),
+             "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"{world.device.type}, {torch.get_num_threads()} threads",
+             "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__},
+             "world_size": world.size, "steps": state.step, "seconds": round(state.seconds, 1),
+             "images_per_second": round(state.step * config.total_batch / state.seconds, 3) if state.seconds else None,
+             "peak_memory": peak_memory(world.device), "params": sum(p.numel() for p in state.model.parameters())}
+    empty = dict.fromkeys(("PQ", "PQ_things", "PQ_stuff", "SQ", "RQ", "mIoU", "fwIoU", "pixel_accuracy"))
+    return facts | {f"{kind}_{metric}": None for kind in ("box", "mask") for metric in evaluate.METRICS} | empty | scores
+
+
+def finish(state: State, config: Config, name: str, overrides: dict, out: Path, world: World, evaluation: data.CocoDataset) -> dict:
+    """Evaluates, and leaves result.json and the pictures."""
+    scores = score(state.best, evaluation, out, config)
+    write_epoch(out, state, config, world, round(state.step * config.total_batch / max(1, len(evaluation)), 2), scores)
+    result = result_of(config, name, overrides, state, world, scores)
+    if world.first:
+        (out / "result.json").write_text(json.dumps(result, indent=1))
+        evaluate.page(evaluation, state.best, out / "predictions.png")
+        evaluate.curves(out / "log.jsonl", out / "curves.png")
+        print(f"{out}: checkpoint.pth, result.json, predictions.png, curves.png")
+    return result
+
+
+def run(name: str, overrides: dict, actions: dict, world: World) -> dict:
+    """One whole run: data, model, training, evaluation. Returns its result.json."""
+    config = maskdino.preset(name, **overrides)
+    check_batch(config, world)
+    out = Path(actions.get("out") or Path("runs") / name)
+    checkpoint = prepare_folder(out, actions)
+    if world.size > 1:
+        dist.barrier()                                              # nobody writes before everybody has looked
+    dataset, evaluation = open_data(config, actions, world, name)
+    if "epochs" in actions:
+        config = in_epochs(config, actions["epochs"], len(dataset))
+    classes = {"names": dataset.class_names, "category_ids": dataset.category_ids, "is_thing": dataset.is_thing}
+    content = None
+    if checkpoint:
+        config, content = resume_config(config, checkpoint, overrides, classes)
+    torch.manual_seed(config.seed)
+    model = maskdino.build(config, classes)
+    if content is None:
+        maskdino.load_backbone_weights(model.backbone, config)
+    state = State.fresh(model.to(world.device), config)
+    if content:
+        state.restore(content)
+        print(f"resumed from {checkpoint} at step {state.step}")
+    if world.first:
+        cut_log(out, state.step)
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"classes": classes}, indent=1))
+    train(state, config, dataset, out, world, evaluation)
+    return finish(state, config, name, overrides, out, world, evaluation)
+
+
+def list_presets() -> str:
+    width = max(map(len, maskdino.PRESETS))
+    return "\n".join(f"{name:{width}}  {row['about']}" for name, row in maskdino.PRESETS.items())
+
+
+def main() -> None:
+    world = None
+    try:
+        words, actions, overrides = maskdino.parse_overrides(sys.argv[1:], ACTIONS)
+        if actions.get("list"):
+            print(list_presets())
+            return
+        if len(words) > 1:
+            raise ConfigError(f"one preset at a time, not {' and '.join(words)}")
+        world = start_world(actions.get("device"))
+        run(words[0] if words else "shapes", overrides, actions, world)
+    except (ConfigError, data.DataError) as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
