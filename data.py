@@ -187,18 +187,20 @@ class CocoDataset(torch.utils.data.Dataset):
         "image_id" and "original_size" (H0, W0), and has to treat the masks as it treats the image, or may leave them as they are if it only
         resizes, and sets "size" if it pads. Boxes are set afterwards from what it returns. It has to be picklable (a function or a partial, no lambda).
     keep_empty: keep images without objects. max_images: the first so many only; 0 is all.
+    boxes_only: an annotation without a mask but with a box is kept, its mask the filled box (for detection); otherwise it is left out.
     Labels are indices into class_names, the categories in the order of their ids.
     Raises DataError for whatever of the json or the image files is unusable and can be known now.
     """
 
-    def __init__(self, json: str | Path, images: str | Path, transform: Callable, *, keep_empty: bool = True, max_images: int = 0):
+    def __init__(self, json: str | Path, images: str | Path, transform: Callable, *, keep_empty: bool = True, max_images: int = 0,
+                 boxes_only: bool = False):
         content = read_coco(Path(json))
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.category_ids: list[int] = [category["id"] for category in categories]
         self.class_names: list[str] = [str(category.get("name", category["id"])) for category in categories]
         self.is_thing: list[bool] = [True] * len(categories)
         self.has_truth = bool(content.get("annotations"))
-        self.transform = transform
+        self.transform, self.boxes_only = transform, boxes_only
         annotations = self._clean(content, json)
         kept = [row for row in content["images"] if keep_empty or any(not a.crowd for a in annotations[row["id"]])]
         kept = kept[:max_images or None]
@@ -227,12 +229,16 @@ class CocoDataset(torch.utils.data.Dataset):
             height, width = sizes[row["image_id"]]
             segmentation, lost = clean_segmentation(row.get("segmentation"), height, width, f"{json}: annotation {row.get('id')}")
             dropped["malformed polygon(s)"] += lost
+            bbox = _usable_box(row.get("bbox"), height, width)
+            if segmentation is None and self.boxes_only and bbox:
+                x, y, w, h = bbox
+                segmentation = [clean_polygon([x, y, x + w, y, x + w, y + h, x, y + h], height, width)]
             if segmentation is None:
                 dropped["annotation(s) without a mask"] += 1
                 continue
             cleaned[row["image_id"]].append(Annotation(
                 labels[row["category_id"]], bool(row.get("iscrowd", 0)), segmentation,
-                _usable_box(row.get("bbox"), height, width), _usable_area(row.get("area"))))
+                bbox, _usable_area(row.get("area"))))
         if +dropped and os.environ.get("RANK", "0") == "0":
             print(f"{json}: left out " + ", ".join(f"{count} {what}" for what, count in (+dropped).items()))
         return cleaned

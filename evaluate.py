@@ -9,16 +9,19 @@ fields of the checkpoint's Config: --max_images (here: of the validation split, 
 The numbers are those of pycocotools (COCOeval, 100 detections an image), except that
 - what does not apply is None ("n/a"), never -1: no ground truth in the split, or none of that size or class;
 - no detections at all is AP 0, where COCO.loadRes raises an IndexError;
-- every image counts once, whatever the number of processes.
+- every image counts once, whatever the number of processes: `torchrun --standalone --nproc_per_node=8 evaluate.py ...` shares the work.
 """
 import colorsys
 import contextlib
 import io
 import json
 import math
+import os
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
@@ -148,10 +151,9 @@ def evaluate(model, dataset, out: Path, *, batch_size: int = 1, workers: int = 0
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = _share(model, dataset, rank, world, batch_size, workers)
-    shares, answer = [share], [None]
+    shares, answer = [share] if world == 1 else [None] * world, [None]
     if world > 1:
-        shares = [None] * world
-        dist.all_gather_object(shares, share)
+        dist.gather_object(share, shares if rank == 0 else None, dst=0)
     if rank == 0:
         found = [shares[i % world][i // world] for i in range(len(dataset))]                  # the data set's order again
         answer = [_score(dataset, found, Path(out), per_class, model.config.task != "detection")]
@@ -465,11 +467,38 @@ def _open_picture(file: Path) -> Image.Image:
         raise data.DataError(f"{file} is not a picture that can be read ({error}): repair it, or take it away") from error
 
 
-# ----------------------------------------------------------------------------------------------------------- command line
-ACTIONS = {"data": str, "out": str, "images": str, "threshold": float, "val_json": str, "val_images": str, "per_class": bool,
-           "batch_size": int, "device": str}
-DEFAULTS = dict.fromkeys(ACTIONS) | {"threshold": 0.3, "per_class": False, "batch_size": 1}
-OVERRIDES = ("max_images", "test_short", "test_long", "detections", "workers")                # what of Config may change at evaluation
+# -------------------------------------------------------------------------------------------------------------- processes
+@dataclass(frozen=True)
+class World:
+    """This process among all: torchrun's variables, or one process alone."""
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over all processes."""
+        if self.size == 1:
+            return values
+        t = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(t)
+        return t.tolist()
+
+
+def start_world(device: str | None) -> World:
+    """Joins torchrun's processes (nccl on GPUs, gloo on CPUs) if it started us."""
+    rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    chosen = choose_device(device)
+    if size > 1:
+        if chosen.type == "cuda":
+            chosen = torch.device("cuda", local)
+            torch.cuda.set_device(chosen)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return World(rank, size, chosen)
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -479,6 +508,13 @@ def choose_device(name: str | None = None) -> torch.device:
     if name and name.partition(":")[0] not in had:
         raise maskdino.ConfigError(f"--device={name}: this machine has {', '.join(had)}")
     return torch.device(name or had[0])
+
+
+# ----------------------------------------------------------------------------------------------------------- command line
+ACTIONS = {"data": str, "out": str, "images": str, "threshold": float, "val_json": str, "val_images": str, "per_class": bool,
+           "batch_size": int, "device": str}
+DEFAULTS = dict.fromkeys(ACTIONS) | {"threshold": 0.3, "per_class": False, "batch_size": 1}
+OVERRIDES = ("max_images", "test_short", "test_long", "detections", "workers")                # what of Config may change at evaluation
 
 
 def _parse(argv: list[str]) -> tuple[str, dict, dict]:
@@ -497,15 +533,18 @@ def _parse(argv: list[str]) -> tuple[str, dict, dict]:
     return words[0], actions, overrides
 
 
-def _evaluate_data(model, checkpoint: Path, actions: dict, max_images: int) -> None:
+def _evaluate_data(model, checkpoint: Path, actions: dict, max_images: int, world: World) -> None:
     """AP on the validation split; the results, result_eval.json and predictions.png go to --out, else beside the checkpoint."""
     json_path, images = data.find_coco(actions["data"] or ".", "val", actions["val_json"], actions["val_images"])
-    print(f"annotations {json_path}, images {images}")
+    if world.first:
+        print(f"annotations {json_path}, images {images}")
     config, out = model.config, Path(actions["out"] or checkpoint.parent)
     transform = partial(resize_for_test, short=config.test_short, long=config.test_long)
-    dataset = data.CocoDataset(json_path, images, transform, max_images=max_images)
+    dataset = data.CocoDataset(json_path, images, transform, max_images=max_images, boxes_only=not config.masks)
     start = time.perf_counter()
     metrics = evaluate(model, dataset, out, batch_size=actions["batch_size"], workers=config.workers, per_class=actions["per_class"])
+    if not world.first:
+        return
     facts = {"checkpoint": str(checkpoint), "data": str(json_path), "images": len(dataset), "seconds": round(time.perf_counter() - start, 1)}
     (out / "result_eval.json").write_text(json.dumps(facts | metrics, indent=1))
     page(dataset, model, out / "predictions.png", threshold=actions["threshold"])
@@ -516,14 +555,18 @@ def main(argv: list[str] | None = None) -> None:
     """The command line. What the user can mend ends as one sentence and exit code 1."""
     try:
         checkpoint, actions, overrides = _parse(sys.argv[1:] if argv is None else argv)
-        model, _ = maskdino.load(checkpoint, choose_device(actions["device"]), **overrides)
+        world = start_world(actions["device"])
+        model, _ = maskdino.load(checkpoint, world.device, **overrides)
         if actions["images"]:
             predictions = predict_folder(model, actions["images"], actions["out"], actions["threshold"])
             print(f"{len(predictions)} objects; overlays and predictions.json are in {actions['out']}")
         else:
-            _evaluate_data(model, Path(checkpoint), actions, overrides.get("max_images", 0))  # not the training's number
+            _evaluate_data(model, Path(checkpoint), actions, overrides.get("max_images", 0), world)                 # not the training's number
     except (data.DataError, maskdino.ConfigError) as error:
         sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

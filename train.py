@@ -17,13 +17,11 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import resource
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -41,46 +39,13 @@ from tqdm import tqdm
 import data
 import evaluate
 import maskdino
+from evaluate import World, start_world
 from maskdino import Config, ConfigError, Criterion, MaskDINO
 
 ACTIONS = {"data": str, "out": str, "resume": bool, "overwrite": bool, "list": bool, "epochs": float, "device": str,
            "train_json": str, "train_images": str, "val_json": str, "val_images": str}
 SHAPES = Path("datasets/shapes")                                        # where the generated data set lives
 RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pth", "result.json", "results_bbox.json", "results_segm.json", "predictions.png", "curves.png")
-
-
-# ---------------------------------------------------------------------------------------------------------------- processes
-@dataclass(frozen=True)
-class World:
-    """This process among all: torchrun's variables, or one process alone."""
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, values: list[float]) -> list[float]:
-        """Sums over all processes, in float64 (on MPS, which has none, in float32)."""
-        if self.size == 1:
-            return values
-        t = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(t)
-        return t.tolist()
-
-
-def start_world(device: str | None) -> World:
-    """Joins torchrun's processes (nccl on GPUs, gloo on CPUs) if it started us."""
-    rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    chosen = evaluate.choose_device(device)
-    if size > 1:
-        if chosen.type == "cuda":
-            chosen = torch.device("cuda", local)
-            torch.cuda.set_device(chosen)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    return World(rank, size, chosen)
 
 
 # ---------------------------------------------------------------------------------------------------------------- optimizer
@@ -117,7 +82,7 @@ class State:
 
     @classmethod
     def fresh(cls, model: MaskDINO, config: Config) -> "State":
-        optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.lr)
+        optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, fused=True)
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
         return cls(model, optimizer, LambdaLR(optimizer, partial(lr_factor, config=config)), ema)
 
@@ -135,9 +100,10 @@ class State:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
-        if self.ema:
-            self.ema.module.load_state_dict(content["ema"] or content["model"])
         self.step, self.seconds = content["step"], content["seconds"]
+        if self.ema and content["ema"]:
+            self.ema.module.load_state_dict(content["ema"])
+            self.ema.n_averaged.fill_(self.step)                        # at 0 the first update would copy instead of averaging
 
 
 def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager:
@@ -302,7 +268,7 @@ def open_data(config: Config, actions: dict, world: World, name: str) -> tuple[d
 
     def split(which: str, transform, keep_empty: bool) -> data.CocoDataset:
         paths = data.find_coco(where, which, actions.get(f"{which}_json"), actions.get(f"{which}_images"))
-        dataset = data.CocoDataset(*paths, transform, keep_empty=keep_empty, max_images=config.max_images)
+        dataset = data.CocoDataset(*paths, transform, keep_empty=keep_empty, max_images=config.max_images, boxes_only=not config.masks)
         if world.first:
             print(f"{which} data: {paths[0]}, images in {paths[1]}: {len(dataset)} images, {len(dataset.class_names)} classes")
         return dataset
