@@ -264,13 +264,19 @@ def overlay(image: torch.Tensor, labels: list[int], scores, boxes: torch.Tensor,
     ordered = [colours[i] for i in order]
     if masks is not None:
         masks = F.interpolate(masks.cpu()[order, None].float(), (h, w), mode="bilinear", antialias=True)[:, 0] > 0.5
-        image = draw_segmentation_masks(image, masks, alpha=0.45, colors=ordered)
         inner = -F.max_pool2d(-masks.float(), 3, 1, 1) > 0
-        image = draw_segmentation_masks(image, masks & ~inner, alpha=1.0, colors=ordered)
+        image = draw_segmentation_masks(image, _uncovered(masks), alpha=0.45, colors=ordered)
+        image = draw_segmentation_masks(image, _uncovered(masks & ~inner), alpha=1.0, colors=ordered)
     canvas = to_pil_image(draw_bounding_boxes(image, boxes[order], colors=ordered, width=max(1, round(max(h, w) / 640))))
     texts = [names[k] if scores is None else f"{names[k]} {float(scores[i]):.2f}" for i, k in enumerate(labels)]
     _write_labels(canvas, boxes.tolist(), texts, colours, max(12, round(max(h, w) / 55)))
     return pil_to_tensor(canvas)
+
+
+def _uncovered(masks: torch.Tensor) -> torch.Tensor:
+    """Each mask (N, H, W) without what later ones cover: torchvision paints overlaps black."""
+    covered = masks.flip(0).cumsum(0).flip(0) - masks.int()
+    return masks & (covered == 0)
 
 
 def _write_labels(canvas: Image.Image, boxes: list, texts: list, colours: list, size: int) -> None:
@@ -551,6 +557,11 @@ def _evaluate_data(model, checkpoint: Path, actions: dict, max_images: int, worl
     print(f"{len(dataset)} images in {facts['seconds']} s; result_eval.json, predictions.png and the results are in {out}")
 
 
+def sentence(error: ValueError) -> str:
+    """What to print for a DataError or ConfigError. From a loader's worker it arrives below a traceback."""
+    return "error: " + str(error).splitlines()[-1].removeprefix("data.DataError: ")
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line. What the user can mend ends as one sentence and exit code 1."""
     try:
@@ -563,7 +574,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             _evaluate_data(model, Path(checkpoint), actions, overrides.get("max_images", 0), world)                 # not the training's number
     except (data.DataError, maskdino.ConfigError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(sentence(error))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

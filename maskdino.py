@@ -247,16 +247,7 @@ def load_backbone_weights(backbone: Backbone, config: Config) -> None:
             raise ConfigError(f"torchvision has no ImageNet weights for {config.backbone}: add --backbone_weights=none or a path") from None
     else:
         state = read_torch_file(Path(source))
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    own = backbone.body.state_dict()
-    if extra := sorted(key for key in state.keys() - own.keys() if not key.endswith("num_batches_tracked")):
-        raise ConfigError(f"--backbone_weights={source}: {len(extra)} tensors do not belong to {config.backbone}, for example '{extra[0]}'")
-    for key in own:
-        if key not in state and not key.endswith("num_batches_tracked"):
-            raise ConfigError(f"--backbone_weights={source}: '{key}' of {config.backbone} is missing")
-        if key in state and state[key].shape != own[key].shape:
-            raise ConfigError(f"--backbone_weights={source}: '{key}' has shape {tuple(state[key].shape)}, {config.backbone} needs {tuple(own[key].shape)}")
-    backbone.body.load_state_dict(state, strict=False)
+    fill(backbone.body, {key: value for key, value in state.items() if not key.startswith("fc.")}, f"--backbone_weights={source}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- positions and boxes
@@ -890,7 +881,7 @@ def preprocess(image: Image.Image, short: int, long: int) -> Tensor:
     """RGB image -> (3, h, w) uint8, shorter edge `short` unless the longer would exceed `long`."""
     w, h = image.size
     scale = min(short / min(h, w), long / max(h, w))
-    return pil_to_tensor(image.resize((int(w * scale + 0.5), int(h * scale + 0.5)), Image.Resampling.BILINEAR))
+    return pil_to_tensor(image.resize((max(1, int(w * scale + 0.5)), max(1, int(h * scale + 0.5))), Image.Resampling.BILINEAR))
 
 
 def detections_of(p: Prediction, pixels: Tensor | None, padded: tuple[int, int], size: tuple[int, int], original: tuple[int, int], count: int) -> dict:
@@ -953,11 +944,27 @@ def read_checkpoint(path: str | os.PathLike, **overrides) -> tuple[dict, Config]
     if not {"model", "config", "classes"} <= content.keys():
         raise ConfigError(f"{path} is not a checkpoint of this project: it needs 'model', 'config' and 'classes', "
                           f"but holds {', '.join(sorted(map(str, content))[:5])}")
+    if unknown := sorted(content["config"].keys() - {field.name for field in dataclasses.fields(Config)}):
+        raise ConfigError(f"{path} was written by another version: its configuration has {', '.join(unknown)}, which this one does not know")
     config = Config(**content["config"])
     for name, value in overrides.items():
         if name in ARCHITECTURE and value != getattr(config, name):
             raise ConfigError(f"--{name}={value} contradicts {path}, which was trained with {getattr(config, name)}: leave it out")
     return content, dataclasses.replace(config, **overrides)
+
+
+def fill(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
+    """load_state_dict that says in a sentence what does not fit (ConfigError). Counters of batch norms may be there or not."""
+    own = module.state_dict()
+    counter = "num_batches_tracked"
+    if extra := sorted(key for key in state.keys() - own.keys() if not key.endswith(counter)):
+        raise ConfigError(f"{source}: {len(extra)} tensors have no place in this model, for example '{extra[0]}'")
+    if missing := sorted(key for key in own.keys() - state.keys() if not key.endswith(counter)):
+        raise ConfigError(f"{source}: {len(missing)} tensors are missing, for example '{missing[0]}'")
+    for key in own.keys() & state.keys():
+        if state[key].shape != own[key].shape:
+            raise ConfigError(f"{source}: '{key}' has shape {tuple(state[key].shape)}, this model needs {tuple(own[key].shape)}")
+    module.load_state_dict(state, strict=False)
 
 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu", **overrides) -> tuple[MaskDINO, dict]:
@@ -967,5 +974,5 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu", **override
     """
     content, config = read_checkpoint(path, **overrides)
     model = build(config, content["classes"])
-    model.load_state_dict(content["ema"] or content["model"])
+    fill(model, content["ema"] or content["model"], path)
     return model.to(device).eval(), content["classes"]

@@ -97,12 +97,12 @@ class State:
                              "seconds": self.seconds, "config": dataclasses.asdict(config), "classes": self.model.classes})
 
     def restore(self, content: dict) -> None:
-        self.model.load_state_dict(content["model"])
+        maskdino.fill(self.model, content["model"], "checkpoint.pth")
         self.optimizer.load_state_dict(content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
         self.step, self.seconds = content["step"], content["seconds"]
         if self.ema and content["ema"]:
-            self.ema.module.load_state_dict(content["ema"])
+            maskdino.fill(self.ema.module, content["ema"], "checkpoint.pth")
             self.ema.n_averaged.fill_(self.step)                        # at 0 the first update would copy instead of averaging
 
 
@@ -149,7 +149,7 @@ def train_step(state: State, network: nn.Module, criterion: Criterion, batches: 
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
     loss = world.sum([own])[0] / world.size
     finite = math.isfinite(loss) and math.isfinite(norm)
-    lr = state.optimizer.param_groups[-1]["lr"]
+    lr = max(group["lr"] for group in state.optimizer.param_groups)
     if finite:
         state.optimizer.step()
         if state.ema:
@@ -227,7 +227,7 @@ def append(out: Path, world: World, line: dict) -> None:
 
 
 def score(model: MaskDINO, dataset: data.CocoDataset, out: Path, config: Config) -> dict:
-    return evaluate.evaluate(model, dataset, out, batch_size=max(1, min(8, config.total_batch)), workers=config.workers)
+    return evaluate.evaluate(model, dataset, out, workers=config.workers)
 
 
 # ---------------------------------------------------------------------------------------------------------------- setting up a run
@@ -327,10 +327,10 @@ def result_of(config: Config, name: str, overrides: dict, state: State, world: W
     return facts | {f"{kind}_{metric}": None for kind in ("box", "mask") for metric in evaluate.METRICS} | empty | scores
 
 
-def finish(state: State, config: Config, name: str, overrides: dict, out: Path, world: World, evaluation: data.CocoDataset) -> dict:
+def finish(state: State, config: Config, name: str, overrides: dict, out: Path, world: World, epochs: float, evaluation: data.CocoDataset) -> dict:
     """Evaluates, and leaves result.json and the pictures."""
     scores = score(state.best, evaluation, out, config)
-    write_epoch(out, state, config, world, round(state.step * config.total_batch / max(1, len(evaluation)), 2), scores)
+    write_epoch(out, state, config, world, epochs, scores)
     result = result_of(config, name, overrides, state, world, scores)
     if world.first:
         (out / "result.json").write_text(json.dumps(result, indent=1))
@@ -367,7 +367,8 @@ def run(name: str, overrides: dict, actions: dict, world: World) -> dict:
         cut_log(out, state.step)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"classes": classes}, indent=1))
     train(state, config, dataset, out, world, evaluation)
-    return finish(state, config, name, overrides, out, world, evaluation)
+    epochs = round(state.step * config.total_batch / len(dataset), 2)
+    return finish(state, config, name, overrides, out, world, epochs, evaluation)
 
 
 def list_presets() -> str:
@@ -387,7 +388,7 @@ def main() -> None:
         world = start_world(actions.get("device"))
         run(words[0] if words else "shapes", overrides, actions, world)
     except (ConfigError, data.DataError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(evaluate.sentence(error))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

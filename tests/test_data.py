@@ -14,7 +14,6 @@ from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from data import BatchSampler, CocoDataset, DataError, collate, find_coco, large_scale_jitter, make_shapes
 
@@ -158,6 +157,14 @@ def test_crooked_segmentations(write, capsys, segmentation, pixels):
     assert (pixels is None) == ("without a mask" in capsys.readouterr().out)
 
 
+def test_boxes_alone_serve_detection(write):
+    """Without a mask an annotation is dropped, or with boxes_only its filled box stands for it."""
+    json_path, images = write([annotation(segmentation=...)])
+    assert not len(CocoDataset(json_path, images, as_is)[0][1]["labels"])
+    target = CocoDataset(json_path, images, as_is, boxes_only=True)[0][1]
+    assert target["boxes"][0].tolist() == pytest.approx([20 / 60, 15 / 40, 20 / 60, 20 / 40])
+
+
 def test_what_is_left_out_is_counted_in_one_line(write, capsys):
     CocoDataset(*write([annotation(), annotation(segmentation=...), annotation(image_id=99), annotation(segmentation=[SQUARE, [1, 2]])]), as_is)
     line = capsys.readouterr().out
@@ -260,6 +267,16 @@ def test_jitter_moves_image_and_masks_together():
             assert (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2) == pytest.approx((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
         assert all(len(moved[key]) == len(moved["labels"]) for key in ("boxes", "masks"))
     assert 20 < flips < 40 and vanished > 10
+
+
+def test_jitter_says_what_is_padding_and_flips_as_often_as_told():
+    """A 60 x 90 image at half of what fits 64 x 64: 21 x 32 pixels of image, the rest is padding; boxes are of the whole square."""
+    image, target = coloured_square()
+    never, always = (large_scale_jitter(64, (0.5, 0.5), flip)(image, target) for flip in (0.0, 1.0))
+    assert never[1]["size"] == always[1]["size"] == (21, 32) and not never[0][:, 21:].any() and not never[0][:, :, 32:].any()
+    assert torch.equal(never[0][:, :21, :32].flip(-1), always[0][:, :21, :32])
+    finished = data.finish_target(never[1], (64, 64))
+    assert finished["size"] == (21, 32) and finished["boxes"][0, 0] < 0.3
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.7])

@@ -395,7 +395,7 @@ def test_any_number_of_objects(counts):
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     assert output.groups == (0 if max(counts) in (0, 13, 20) else 4)
     if max(counts) == 0:
-        assert all(float(v) == 0 for k, v in losses.items() if not k.endswith("class"))
+        assert all(v.item() == 0 for k, v in losses.items() if not k.endswith("class"))
 
 
 @pytest.mark.parametrize("change, gone", [
@@ -488,6 +488,13 @@ def test_files_that_are_no_checkpoints(tmp_path):
     maskdino.save(tmp_path / "c.pth", {"model": model.state_dict(), "ema": None, "config": dataclasses.asdict(model.config), "classes": CLASSES})
     with pytest.raises(ConfigError, match="--dec_layers=4 contradicts"):
         maskdino.load(tmp_path / "c.pth", dec_layers=4)
+    content = {"model": model.state_dict(), "ema": None, "config": dataclasses.asdict(model.config), "classes": CLASSES}
+    for change, message in [({"classes": CLASSES | {"names": ["one"]}}, "'heads.class_head.*' has shape|'label_embed.weight' has shape"),
+                            ({"model": dict(list(content["model"].items())[:-1])}, "1 tensors are missing"),
+                            ({"model": content["model"] | {"more": torch.zeros(1)}}, "'more'"), ({"config": content["config"] | {"magic": 1}}, "has magic")]:
+        torch.save(content | change, tmp_path / "d.pth")
+        with pytest.raises(ConfigError, match=message):
+            maskdino.load(tmp_path / "d.pth")
 
 
 def test_command_line():
@@ -513,7 +520,7 @@ def test_backbone_weights(tmp_path, monkeypatch):
     fresh = maskdino.Backbone(tiny())
     maskdino.load_backbone_weights(fresh, tiny(backbone_weights=str(tmp_path / "w.pth")))
     assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), backbone.state_dict().values(), strict=True))
-    with pytest.raises(ConfigError, match="'layer1.1.conv1.weight' of resnet18 is missing"):
+    with pytest.raises(ConfigError, match="tensors are missing, for example 'layer1.1.bn1"):
         maskdino.load_backbone_weights(maskdino.Backbone(tiny(backbone="resnet18")), tiny(backbone="resnet18", backbone_weights=str(tmp_path / "w.pth")))
     with pytest.raises(ConfigError, match="no ImageNet weights for resnet10"):
         maskdino.load_backbone_weights(backbone, tiny(backbone_weights="imagenet"))

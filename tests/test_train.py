@@ -1,6 +1,7 @@
 """The loop: resume, processes, accumulation, empty images, bad steps, run folders, the command line. On a small set of generated shapes."""
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -238,6 +239,16 @@ def test_errors_are_sentences(shapes, tmp_path, monkeypatch):
     content["categories"].append({"id": 99, "name": "hexagon"})
     (tmp_path / "five.json").write_text(json.dumps(content))
     assert "has 4 classes" in command(monkeypatch, *again, f"--train_json={tmp_path / 'five.json'}")
+
+
+def test_a_broken_image_is_one_sentence(shapes, tmp_path, monkeypatch):
+    """Also when a loader's worker finds it."""
+    shutil.copytree(shapes, tmp_path / "s")
+    for file in (tmp_path / "s" / "train").iterdir():
+        file.write_bytes(file.read_bytes()[:300])
+    small = [f"--{k}={v}" for k, v in (SMALL | {"workers": 1}).items()]
+    said = command(monkeypatch, "shapes", *small, f"--data={tmp_path / 's'}", f"--out={tmp_path / 'r'}")
+    assert said.startswith("error: image file") and "cannot be read" in said and len(said.splitlines()) == 1
 
 
 def test_overwrite_starts_again_and_spares_other_files(shapes, tmp_path):
