@@ -687,7 +687,7 @@ def draw_page(dataset: CocoDataset, path: Path, count: int = 24, columns: int = 
     tiles = []
     for index in np.random.default_rng(0).permutation(len(dataset))[:count].tolist():
         image, target = dataset[index, index]
-        boxes = torchvision.ops.box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor(target["size"]).flip(0).repeat(2)
+        boxes = torchvision.ops.box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor(image.shape[:0:-1]).repeat(2)
         if len(boxes):
             colours = [palette[label] for label in target["labels"]]
             names = [dataset.class_names[label] for label in target["labels"]]

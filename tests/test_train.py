@@ -1,6 +1,7 @@
 """The loop: resume, processes, accumulation, empty images, bad steps, run folders, the command line. On a small set of generated shapes."""
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import data
+import evaluate
 import maskdino
 import train
 from maskdino import ConfigError, Criterion, MaskDINO, preset
@@ -263,3 +265,26 @@ def test_real_images(tmp_path):
     flags = dict(image_size=128, test_short=128, test_long=213, total_batch=1, max_steps=1, max_images=2, backbone_weights="none", workers=0, dec_layers=2)
     result = train.run("coco_instance_r50_12ep", flags, {"data": os.environ["COCO_TINY"], "out": str(tmp_path)}, ALONE)
     assert result["steps"] == 1 and result["mask_AP"] is not None
+
+
+def test_the_readme_is_true():
+    """Its line counts are the files', and every command line in it can be parsed."""
+    root = Path(train.__file__).parent
+    text = (root / "README.md").read_text()
+    counts = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", text, re.M))
+    assert counts == {file.name: str(len(file.read_text().splitlines())) for file in root.glob("*.py")}
+    actions = {"train": train.ACTIONS, "evaluate": evaluate.ACTIONS}
+    commands = re.findall(r"(?:python|--nproc_per_node=8) (train|evaluate)\.py([^#`\n]*)", text)
+    for room, line in commands:
+        words, _, overrides = maskdino.parse_overrides(line.split(), actions[room])
+        if room == "train":
+            preset(*words or ["shapes"], **overrides)
+    assert len(commands) > 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("COCO_TINY" not in os.environ, reason="COCO_TINY is not set")
+def test_learns_real_images_by_heart(tmp_path):
+    """The preset `overfit` as the README shows it, about 20 minutes on two cores."""
+    result = train.run("overfit", {"max_images": 8}, {"data": os.environ["COCO_TINY"], "out": str(tmp_path)}, ALONE)
+    assert result["mask_AP"] > 50
