@@ -193,7 +193,6 @@ def train(state: State, config: Config, dataset: data.CocoDataset, out: Path, wo
             scores = {}
             if config.evaluate_every and epoch % config.evaluate_every == 0 and evaluation is not None:
                 scores = score(state.best, evaluation, out, config)
-                network.train()
             write_epoch(out, state, config, world, epoch, scores)
         if state.step % config.checkpoint_every == 0 or state.step == stop:
             if world.first:
