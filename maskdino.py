@@ -208,7 +208,7 @@ RESNET_BLOCKS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34":
 
 
 class Backbone(nn.Module):
-    """torchvision's ResNet without its classifier: (B, 3, H, W) -> four maps of strides 4, 8, 16, 32."""
+    """torchvision's ResNet without its classifier: (B, 3, H, W) -> maps of strides 4, 8, 16, 32, as far as `levels` needs them."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -216,7 +216,10 @@ class Backbone(nn.Module):
         block = torchvision.models.resnet.Bottleneck if config.backbone in ("resnet50", "resnet101") else torchvision.models.resnet.BasicBlock
         self.body = torchvision.models.ResNet(block, list(RESNET_BLOCKS[config.backbone]), norm_layer=norm)
         del self.body.fc, self.body.avgpool
-        self.channels = [c * block.expansion for c in (64, 128, 256, 512)]
+        self.stages = [f"layer{i + 1}" for i, stride in enumerate((4, 8, 16, 32)) if stride <= config.levels[-1]]
+        for unused in {"layer2", "layer3", "layer4"} - set(self.stages):
+            delattr(self.body, unused)
+        self.channels = [c * block.expansion for c in (64, 128, 256, 512)][:len(self.stages)]
         if config.backbone_norm == "group":     # torchvision's constructor knows batch norms only
             for m in self.modules():
                 if isinstance(m, nn.GroupNorm):
@@ -225,7 +228,7 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         body = self.body
         x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
-        return [x := stage(x) for stage in (body.layer1, body.layer2, body.layer3, body.layer4)]
+        return [x := getattr(body, stage)(x) for stage in self.stages]
 
 
 def load_backbone_weights(backbone: Backbone, config: Config) -> None:
@@ -247,7 +250,8 @@ def load_backbone_weights(backbone: Backbone, config: Config) -> None:
             raise ConfigError(f"torchvision has no ImageNet weights for {config.backbone}: add --backbone_weights=none or a path") from None
     else:
         state = read_torch_file(Path(source))
-    fill(backbone.body, {key: value for key, value in state.items() if not key.startswith("fc.")}, f"--backbone_weights={source}")
+    unused = {"fc", "layer2", "layer3", "layer4"} - set(backbone.stages)
+    fill(backbone.body, {key: value for key, value in state.items() if key.split(".")[0] not in unused}, f"--backbone_weights={source}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- positions and boxes
@@ -640,7 +644,7 @@ class MaskDINO(nn.Module):
     def forward(self, images: Tensor, sizes: list[tuple[int, int]], targets: list[dict] | None = None, noise: list[dict] | None = None) -> Output:
         """With targets (training) the denoising queries run along; `noise` gives their draws (see `draw_noise`)."""
         # Backbone and pixel decoder: tokens for attention, and the pixel embedding map for masks (section 3.4).
-        features = self.backbone(self.normalise(images, sizes))                                 # strides 4, 8, 16, 32
+        features = self.backbone(self.normalise(images, sizes))                                 # maps of strides 4, 8, 16, 32
         memory, shapes, pixels = self.pixel_decoder(features)                                   # (B, S, C), [(H, W)] * L, (B, C, H/4, W/4)
         if self.config.decoder_levels:
             shapes = shapes[:self.config.decoder_levels]

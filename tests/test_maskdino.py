@@ -402,7 +402,8 @@ def test_any_number_of_objects(counts):
     ({"task": "detection", "box_init": "token", "denoising": "box", "matching": "box"}, "mask"), ({"denoising": "none"}, "denoising"),
     ({"denoising": "box"}, "denoising/layer1/mask"), ({"matching": "box"}, None), ({"matching": "mask"}, None), ({"box_loss": False}, None),
     ({"content_queries": "learned"}, None), ({"two_stage": False, "box_init": "token"}, "selection"), ({"initial_prediction": False}, "initial"),
-    ({"box_init": "token"}, None), ({"box_init": "bitmask"}, None), ({"decoder_levels": 1}, None), ({"levels": (4, 8, 16, 32, 64, 128)}, None)])
+    ({"box_init": "token"}, None), ({"box_init": "bitmask"}, None), ({"decoder_levels": 1}, None), ({"levels": (4, 8, 16, 32, 64, 128)}, None),
+    ({"levels": (8, 16)}, None), ({"levels": (8,)}, None), ({"levels": (4,)}, None)])
 def test_every_switch_trains(change, gone):
     model, _, total, losses = step(tiny(**change), (2, 3))
     assert torch.isfinite(total)
