@@ -457,7 +457,7 @@ def test_overfits_one_batch():
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     for part in ("class", "l1", "giou", "dice"):
-        assert float(losses[f"layer2/{part}"]) < 0.4 * float(first[f"layer2/{part}"]), part
+        assert losses[f"layer2/{part}"].item() < 0.4 * first[f"layer2/{part}"].item(), part
 
 
 # ---------------------------------------------------------------------------------------------------------------- files, command line, prediction
