@@ -564,8 +564,11 @@ def sentence(error: ValueError) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line. What the user can mend ends as one sentence and exit code 1."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv:
+        return print(__doc__)
     try:
-        checkpoint, actions, overrides = _parse(sys.argv[1:] if argv is None else argv)
+        checkpoint, actions, overrides = _parse(argv)
         world = start_world(actions["device"])
         model, _ = maskdino.load(checkpoint, world.device, **overrides)
         if actions["images"]:

@@ -15,6 +15,7 @@ on accumulation, on loader workers or on how often the run was stopped and resum
 """
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import resource
@@ -42,7 +43,7 @@ import maskdino
 from evaluate import World, start_world
 from maskdino import Config, ConfigError, Criterion, MaskDINO
 
-ACTIONS = {"data": str, "out": str, "resume": bool, "overwrite": bool, "list": bool, "epochs": float, "device": str,
+ACTIONS = {"help": bool, "list": bool, "data": str, "out": str, "resume": bool, "overwrite": bool, "epochs": float, "device": str,
            "train_json": str, "train_images": str, "val_json": str, "val_images": str}
 SHAPES = Path("datasets/shapes")                                        # where the generated data set lives
 RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pth", "result.json", "results_bbox.json", "results_segm.json", "predictions.png", "curves.png")
@@ -379,9 +380,10 @@ def main() -> None:
     world = None
     try:
         words, actions, overrides = maskdino.parse_overrides(sys.argv[1:], ACTIONS)
+        if actions.get("help"):
+            return print(__doc__, inspect.getsource(Config).partition("    @property")[0], sep="\n")
         if actions.get("list"):
-            print(list_presets())
-            return
+            return print(list_presets())
         if len(words) > 1:
             raise ConfigError(f"one preset at a time, not {' and '.join(words)}")
         world = start_world(actions.get("device"))
