@@ -935,7 +935,7 @@ def read_torch_file(path: Path) -> dict:
         raise ConfigError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):     # what torch.load says of all that is not whole
         raise ConfigError(f"{path} is not a file of PyTorch weights, or it is damaged") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")

@@ -245,10 +245,14 @@ def prepare_folder(out: Path, actions: dict) -> Path | None:
 
 
 def cut_log(out: Path, step: int) -> None:
-    """Leaves out the lines after a checkpoint's step: they will be written again."""
+    """Leaves out the lines after a checkpoint's step, and a finished run's last one: they will be written again."""
     log = out / "log.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    kept = []
+    for line in log.read_text().splitlines() if log.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):                             # a killed run may leave half a line
+            facts = json.loads(line)
+            if facts["step"] <= step and not facts.get("final"):
+                kept.append(line)
     log.write_text("".join(f"{line}\n" for line in kept))
 
 
@@ -330,7 +334,7 @@ def result_of(config: Config, name: str, overrides: dict, state: State, world: W
 def finish(state: State, config: Config, name: str, overrides: dict, out: Path, world: World, epochs: float, evaluation: data.CocoDataset) -> dict:
     """Evaluates, and leaves result.json and the pictures."""
     scores = score(state.best, evaluation, out, config)
-    write_epoch(out, state, config, world, epochs, scores)
+    write_epoch(out, state, config, world, epochs, scores | {"final": True})
     result = result_of(config, name, overrides, state, world, scores)
     if world.first:
         (out / "result.json").write_text(json.dumps(result, indent=1))

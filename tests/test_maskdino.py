@@ -482,7 +482,10 @@ def test_files_that_are_no_checkpoints(tmp_path):
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(ConfigError, match="not a file of PyTorch weights"):
         maskdino.load(tmp_path / "text.pth")
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    torch.save({"a": torch.zeros(100_000)}, tmp_path / "other.pth")
+    (tmp_path / "half.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:20_000])
+    with pytest.raises(ConfigError, match="damaged"):
+        maskdino.load(tmp_path / "half.pth")
     with pytest.raises(ConfigError, match="not a checkpoint of this project"):
         maskdino.load(tmp_path / "other.pth")
     model = maskdino.build(tiny(), CLASSES)

@@ -70,12 +70,16 @@ def test_resumed_equals_undisturbed(shapes, tmp_path):
         assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
     assert all(torch.equal(x["exp_avg"], y["exp_avg"]) for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True))
     assert a["scheduler"] == b["scheduler"] and a["step"] == b["step"] == 14
+    assert [line["step"] for line in log(whole, "epoch")] == [line["step"] for line in log(parts, "epoch")] == [12, 14]
     for x, y in zip(log(whole), log(parts), strict=True):
         assert {k: x[k] for k in ("step", "loss", "losses", "lr", "grad_norm")} == {k: y[k] for k in ("step", "loss", "losses", "lr", "grad_norm")}
 
 
 def test_resume_without_a_checkpoint_starts(shapes, tmp_path):
     assert run(shapes, tmp_path / "new", resume=True, max_steps=1)["steps"] == 1
+    once = log(tmp_path / "new", "epoch")
+    assert run(shapes, tmp_path / "new", resume=True, max_steps=1)["steps"] == 1        # a finished run is only evaluated again
+    assert log(tmp_path / "new", "epoch") == once
 
 
 def test_empty_images_and_a_split_without_objects(shapes, tmp_path):
