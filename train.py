@@ -167,7 +167,7 @@ def train_step(state: State, network: nn.Module, criterion: Criterion, batches: 
 
 
 # ---------------------------------------------------------------------------------------------------------------- the loop
-def train(state: State, config: Config, dataset: data.CocoDataset, out: Path, world: World, evaluation: data.CocoDataset | None) -> None:
+def train(state: State, config: Config, dataset: data.CocoDataset, out: Path, world: World, evaluation: data.CocoDataset) -> None:
     """From state.step to the end. Writes log lines and checkpoints; evaluates at epochs when asked to."""
     stop = min(config.iterations, config.max_steps or config.iterations)
     sampler = data.BatchSampler(len(dataset), total_batch=config.total_batch, world=world.size, rank=world.rank, accumulate=config.accumulate,
@@ -192,7 +192,7 @@ def train(state: State, config: Config, dataset: data.CocoDataset, out: Path, wo
         epoch = state.step * config.total_batch // len(dataset)
         if epoch > (state.step - 1) * config.total_batch // len(dataset) and state.step < stop:
             scores = {}
-            if config.evaluate_every and epoch % config.evaluate_every == 0 and evaluation is not None:
+            if config.evaluate_every and epoch % config.evaluate_every == 0:
                 scores = score(state.best, evaluation, out, config)
             write_epoch(out, state, config, world, epoch, scores)
         if state.step % config.checkpoint_every == 0 or state.step == stop:
@@ -256,7 +256,7 @@ def cut_log(out: Path, step: int) -> None:
     log.write_text("".join(f"{line}\n" for line in kept))
 
 
-def open_data(config: Config, actions: dict, world: World, name: str) -> tuple[data.CocoDataset, data.CocoDataset | None]:
+def open_data(config: Config, actions: dict, world: World, name: str) -> tuple[data.CocoDataset, data.CocoDataset]:
     """Training and evaluation data. Prints what was found. Raises DataError or ConfigError before anything expensive begins."""
     where = actions.get("data")
     if where is None and name.startswith("shapes") and "train_json" not in actions:
@@ -366,7 +366,8 @@ def run(name: str, overrides: dict, actions: dict, world: World) -> dict:
     state = State.fresh(model.to(world.device), config)
     if content:
         state.restore(content)
-        print(f"resumed from {checkpoint} at step {state.step}")
+        if world.first:
+            print(f"resumed from {checkpoint} at step {state.step}")
     if world.first:
         cut_log(out, state.step)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"classes": classes}, indent=1))
@@ -381,7 +382,6 @@ def list_presets() -> str:
 
 
 def main() -> None:
-    world = None
     try:
         words, actions, overrides = maskdino.parse_overrides(sys.argv[1:], ACTIONS)
         if actions.get("help"):
