@@ -137,10 +137,10 @@ ARCHITECTURE = ("model", "task", "backbone", "backbone_norm", "levels", "decoder
 PRESETS: dict[str, dict] = {
     "shapes": dict(
         about="generated shapes, 128 pixels, from scratch, on a laptop's CPU in 10 minutes",
-        backbone="resnet18", backbone_norm="group", backbone_weights="none", levels=(8, 16), hidden=96, enc_layers=1, enc_ffn=512, dec_layers=3, dec_ffn=512,
-        queries=30, denoising_queries=30, mask_points=256, image_size=128, scale_jitter=(1.0, 1.0), test_short=128, test_long=128, keep_empty=True,
-        workers=0, total_batch=4, iterations=3500, lr=8e-4, backbone_lr=1.0, lr_schedule="cosine", warmup=200, clip=0.1, checkpoint_every=1000,
-        evaluate_every=2),
+        backbone="resnet18", backbone_norm="group", backbone_weights="none", levels=(8, 16), hidden=96, heads=6, enc_layers=1, enc_ffn=512, dec_layers=3,
+        dec_ffn=512, queries=30, denoising_queries=30, mask_points=256, image_size=128, scale_jitter=(1.0, 1.0), test_short=128, test_long=128,
+        keep_empty=True, workers=0, total_batch=4, iterations=3500, lr=8e-4, backbone_lr=1.0, lr_schedule="cosine", warmup=200, clip=0.1,
+        checkpoint_every=1000, evaluate_every=2),
     "overfit": dict(
         about="a few real images learned by heart, on a CPU in 20 minutes: --data=DIR --max_images=8",
         backbone="resnet10", backbone_norm="group", backbone_weights="none", levels=(8, 16, 32), hidden=128, enc_layers=1, enc_ffn=512, dec_layers=3,
