@@ -220,20 +220,21 @@ def value_gradient(value: Tensor, c: Corners, a: Tensor, grad: Tensor) -> Tensor
 # A program serves a tile of BQ queries, of one head in one image, and holds their output (BQ, D) in registers. What limits the speed is
 # not arithmetic but the number of instructions issued, then the gathers from cache. Hence:
 #   - A gather moves 16 bytes per lane, the widest there is: 4 float32 or 8 bfloat16 channels. With D = 32 in float32, 8 lanes would
-#     read a row, and all 8 would compute the same corners. So a row is cut into two PIECES, which the same lanes read one after the
-#     other: 4 lanes a row, corners computed half as often per channel. BQ follows: 32 lanes x warps x PIECES vectors cover BQ x D. A
-#     larger tile would not fit the lanes one to one, and (BQ,) tensors would travel through shared memory between barriers.
+#     read a cell, and all 8 would compute where it lies. So a cell is cut into two halves, which the same lanes read one after the
+#     other: 4 lanes a query, and every coordinate serves twice the channels. BQ follows: 32 lanes x warps x one vector each cover a half
+#     tile BQ x D / 2. A larger tile would not fit the lanes one to one, and (BQ, 1) tensors would travel through shared memory.
 #   - Everything about a point folds into four numbers, attention x bilinear weight, and then costs one multiply-add per channel.
 #   - Loads are unconditional: hats of height zero do what masks would.
 #   - The softmax is computed on the way, with its maximum taken beforehand; offsets and logits are read as the linear layers leave them.
 #     In units of cells the sampling location is ref * W - 1/2 + offset: offsets in bfloat16 err in cells, not in images.
-#   - The backward recomputes all this. Its tile is small, one warp, because each point needs the four products <grad, corner>, sums over
+#   - The backward recomputes all this. Its tile is small, one warp, because each point needs the four products <grad, cell>, sums over
 #     the channels: within one warp those are shuffles, without barriers. Gradients of values are added up in memory, in float32, by
 #     reductions that return nothing and order nothing (`sem="relaxed"`; the default would fence each one), 16 bytes wide from sm_90 on.
 #   - Points are unrolled forward, where their loads overlap; backward, a loop keeps the registers few. A level's size is data, not a
 #     constant: new image sizes compile nothing.
 def kernel(function: Callable) -> Callable:
-    return triton.jit(function) if triton else function
+    """Triton compiles anew for sizes that are multiples of 16; here that would buy nothing."""
+    return triton.jit(function, do_not_specialize=("S", "Q")) if triton else function
 
 
 @kernel
@@ -261,14 +262,36 @@ def hat_slope(distance, height):
 
 
 @kernel
+def gather(result, corner, right, below, w00, w10, w01, w11, ACC: tl.constexpr):
+    """Adds the weighted sum of four cells; corner: pointers (BQ, D / 2) to the upper left one, right and below: from there, in elements."""
+    result += w00 * tl.load(corner).to(ACC)
+    result += w10 * tl.load(corner + right).to(ACC)
+    result += w01 * tl.load(corner + below).to(ACC)
+    result += w11 * tl.load(corner + below + right).to(ACC)
+    return result
+
+
+@kernel
+def scatter(corner, half, w, g0, g1):
+    """One cell gets its share of the gradient."""
+    tl.atomic_add(corner, w * g0, sem="relaxed")
+    tl.atomic_add(corner + half, w * g1, sem="relaxed")
+
+
+@kernel
+def dot(corner, half, g0, g1, ACC: tl.constexpr):
+    """Product of the gradient with one cell, (BQ, 1): first the lane's own channels of both halves, then across lanes."""
+    return tl.sum(g0 * tl.load(corner).to(ACC) + g1 * tl.load(corner + half).to(ACC), 1, keep_dims=True)
+
+
+@kernel
 def forward_kernel(value, levels, reference, offsets, logits, out, lse, S, Q, M: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
-                   P: tl.constexpr, R: tl.constexpr, BQ: tl.constexpr, PIECES: tl.constexpr, ACC: tl.constexpr):
+                   P: tl.constexpr, R: tl.constexpr, BQ: tl.constexpr, ACC: tl.constexpr):
     m, b = tl.program_id(0) % M, tl.program_id(1).to(tl.int64)                          # 64 bits up to the image's base, 32 within it
-    query = tl.program_id(0) // M * BQ + tl.arange(0, BQ)
-    q = tl.minimum(query, Q - 1)                                                        # the last tile's surplus repeats the last query
-    row = q * M + m
-    channel = tl.arange(0, PIECES)[:, None, None] * (D // PIECES) + tl.arange(0, D // PIECES)[None, None, :]
-    value += (b * S * M + m) * D + channel                                              # (PIECES, 1, D / PIECES) pointers
+    query = tl.program_id(0) // M * BQ + tl.arange(0, BQ)[:, None]
+    q, real = tl.minimum(query, Q - 1), query < Q                                       # the last tile's surplus repeats the last query
+    row, channel = q * M + m, tl.arange(0, D // 2)[None, :]
+    value += (b * S * M + m) * D + channel
     reference += (b * Q + q) * R
     offsets += b * Q * M * L * P * 2 + row * (L * P * 2)
     logits += b * Q * M * L * P + row * (L * P)
@@ -276,8 +299,8 @@ def forward_kernel(value, levels, reference, offsets, logits, out, lse, S, Q, M:
     for j in tl.static_range(1, L * P):
         largest = tl.maximum(largest, tl.load(logits + j).to(ACC))
     largest *= 1.4426950408889634                                                       # log2(e): the hardware's exponential has base 2
-    total = tl.zeros((BQ,), ACC)
-    result = tl.zeros((PIECES, BQ, D // PIECES), ACC)
+    total = tl.zeros((BQ, 1), ACC)
+    result0, result1 = tl.zeros((BQ, D // 2), ACC), tl.zeros((BQ, D // 2), ACC)
     for level in tl.range(L):
         W, H, start, right, below, x_base, y_base, x_scale, y_scale = level_geometry(levels, level, reference, P, R, ACC)
         for p in tl.static_range(P):
@@ -286,28 +309,23 @@ def forward_kernel(value, levels, reference, offsets, logits, out, lse, S, Q, M:
             y0, _, wy0, wy1 = hats(y_base + y_scale * tl.load(offsets + 2 * i + 1).to(ACC), H, below, ACC)
             a = tl.exp2(tl.load(logits + i).to(ACC) * 1.4426950408889634 - largest)
             total += a
-            wy0, wy1 = a * wy0, a * wy1
-            cell = value + ((start + y0 * W + x0) * (M * D))[None, :, None]
-            result += (wx0 * wy0)[None, :, None] * tl.load(cell).to(ACC)
-            result += (wx1 * wy0)[None, :, None] * tl.load(cell + right * (M * D)).to(ACC)
-            result += (wx0 * wy1)[None, :, None] * tl.load(cell + below * W * (M * D)).to(ACC)
-            result += (wx1 * wy1)[None, :, None] * tl.load(cell + (below * W + right) * (M * D)).to(ACC)
-    real = query < Q
-    tl.store(out + b * Q * M * D + row[None, :, None] * D + channel, result / total[None, :, None], mask=real[None, :, None])
+            w00, w10, w01, w11 = wx0 * (a * wy0), wx1 * (a * wy0), wx0 * (a * wy1), wx1 * (a * wy1)
+            corner = value + (start + y0 * W + x0) * (M * D)
+            result0 = gather(result0, corner, right * (M * D), below * W * (M * D), w00, w10, w01, w11, ACC)
+            result1 = gather(result1, corner + D // 2, right * (M * D), below * W * (M * D), w00, w10, w01, w11, ACC)
+    out += b * Q * M * D + row * D + channel
+    tl.store(out, result0 / total, mask=real)
+    tl.store(out + D // 2, result1 / total, mask=real)
     tl.store(lse + b * Q * M + row, largest + tl.log2(total), mask=real)
 
 
 @kernel
 def backward_kernel(grad, value, levels, reference, offsets, logits, out, lse, grad_value, grad_offsets, grad_logits, S, Q,
-                    M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BQ: tl.constexpr,
-                    PIECES: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr):
+                    M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, R: tl.constexpr, BQ: tl.constexpr, ACC: tl.constexpr):
     m, b = tl.program_id(0) % M, tl.program_id(1).to(tl.int64)
-    query = tl.program_id(0) // M * BQ + tl.arange(0, BQ)
+    query = tl.program_id(0) // M * BQ + tl.arange(0, BQ)[:, None]
     q, real = tl.minimum(query, Q - 1), query < Q
-    row = q * M + m
-    # Values may be 16 bits wide where their gradients have 32: the hint makes a lane load the VECTOR channels that it will add to.
-    lane = tl.max_contiguous(tl.arange(0, D // PIECES), VECTOR)
-    channel = tl.arange(0, PIECES)[:, None, None] * (D // PIECES) + lane[None, None, :]
+    row, channel = q * M + m, tl.arange(0, D // 2)[None, :]
     value += (b * S * M + m) * D + channel
     grad_value += (b * S * M + m) * D + channel
     reference += (b * Q + q) * R
@@ -316,36 +334,32 @@ def backward_kernel(grad, value, levels, reference, offsets, logits, out, lse, g
     grad_offsets += 2 * points + row * (L * P * 2)
     logits += points + row * (L * P)
     grad_logits += points + row * (L * P)
-    here = b * Q * M * D + row[None, :, None] * D + channel
-    g = tl.where(real[None, :, None], tl.load(grad + here).to(ACC), 0.0)                # surplus queries add zeros
+    grad += b * Q * M * D + row * D + channel
+    out += b * Q * M * D + row * D + channel
+    g0, g1 = tl.where(real, tl.load(grad).to(ACC), 0.0), tl.where(real, tl.load(grad + D // 2).to(ACC), 0.0)        # surplus queries add zeros
     # <grad, out>, what the softmax takes off; from the output as it was rounded, as in FlashAttention (arXiv 2205.14135).
-    delta = tl.sum(tl.sum(g * tl.load(out + here).to(ACC), 0), 1)
+    delta = dot(out, D // 2, g0, g1, ACC)
     norm = tl.load(lse + b * Q * M + row)
     for level in tl.range(L):
         W, H, start, right, below, x_base, y_base, x_scale, y_scale = level_geometry(levels, level, reference, P, R, ACC)
         for p in tl.range(P, loop_unroll_factor=1):
             i = level * P + p
+            a = tl.exp2(tl.load(logits + i).to(ACC) * 1.4426950408889634 - norm)
             x0, dx, wx0, wx1 = hats(x_base + x_scale * tl.load(offsets + 2 * i).to(ACC), W, right, ACC)
             y0, dy, wy0, wy1 = hats(y_base + y_scale * tl.load(offsets + 2 * i + 1).to(ACC), H, below, ACC)
-            a = tl.exp2(tl.load(logits + i).to(ACC) * 1.4426950408889634 - norm)
-            cell = ((start + y0 * W + x0) * (M * D))[None, :, None]
-            # Sums over the pieces first: those are in the same lane.
-            dot00 = tl.sum(tl.sum(g * tl.load(value + cell).to(ACC), 0), 1)
-            dot10 = tl.sum(tl.sum(g * tl.load(value + cell + right * (M * D)).to(ACC), 0), 1)
-            dot01 = tl.sum(tl.sum(g * tl.load(value + cell + below * W * (M * D)).to(ACC), 0), 1)
-            dot11 = tl.sum(tl.sum(g * tl.load(value + cell + (below * W + right) * (M * D)).to(ACC), 0), 1)
+            cell, to_right, to_below = (start + y0 * W + x0) * (M * D), right * (M * D), below * W * (M * D)
+            dot00, dot10 = dot(value + cell, D // 2, g0, g1, ACC), dot(value + cell + to_right, D // 2, g0, g1, ACC)
+            dot01, dot11 = dot(value + cell + to_below, D // 2, g0, g1, ACC), dot(value + cell + to_below + to_right, D // 2, g0, g1, ACC)
             left_dot, right_dot = wy0 * dot00 + wy1 * dot01, wy0 * dot10 + wy1 * dot11
-            upper_dot, lower_dot = wx0 * dot00 + wx1 * dot10, wx0 * dot01 + wx1 * dot11
-            grad_x = hat_slope(dx, wx0) * left_dot + hat_slope(dx - 1, wx1) * right_dot
-            grad_y = hat_slope(dy, wy0) * upper_dot + hat_slope(dy - 1, wy1) * lower_dot
-            tl.store(grad_offsets + 2 * i, a * x_scale * grad_x, mask=real)
-            tl.store(grad_offsets + 2 * i + 1, a * y_scale * grad_y, mask=real)
             tl.store(grad_logits + i, a * (wx0 * left_dot + wx1 * right_dot - delta), mask=real)
+            tl.store(grad_offsets + 2 * i, x_scale * a * (hat_slope(dx, wx0) * left_dot + hat_slope(dx - 1, wx1) * right_dot), mask=real)
+            upper_dot, lower_dot = wx0 * dot00 + wx1 * dot10, wx0 * dot01 + wx1 * dot11
+            tl.store(grad_offsets + 2 * i + 1, y_scale * a * (hat_slope(dy, wy0) * upper_dot + hat_slope(dy - 1, wy1) * lower_dot), mask=real)
             wy0, wy1 = a * wy0, a * wy1
-            tl.atomic_add(grad_value + cell, (wx0 * wy0)[None, :, None] * g, sem="relaxed")
-            tl.atomic_add(grad_value + cell + right * (M * D), (wx1 * wy0)[None, :, None] * g, sem="relaxed")
-            tl.atomic_add(grad_value + cell + below * W * (M * D), (wx0 * wy1)[None, :, None] * g, sem="relaxed")
-            tl.atomic_add(grad_value + cell + (below * W + right) * (M * D), (wx1 * wy1)[None, :, None] * g, sem="relaxed")
+            scatter(grad_value + cell, D // 2, wx0 * wy0, g0, g1)
+            scatter(grad_value + cell + to_right, D // 2, wx1 * wy0, g0, g1)
+            scatter(grad_value + cell + to_below, D // 2, wx0 * wy1, g0, g1)
+            scatter(grad_value + cell + to_below + to_right, D // 2, wx1 * wy1, g0, g1)
 
 
 WARPS = {"forward": 4, "backward": 1}
@@ -357,12 +371,9 @@ def options(which: str, arch: int) -> dict[str, Any]:
     return {"num_warps": WARPS[which], "enable_fp_fusion": True} | ({"maxnreg": 96} if which == "backward" and arch < 90 else {})
 
 
-def tile(which: str, D: int, itemsize: int) -> dict[str, int]:
-    """BQ and PIECES; itemsize in bytes, of the values forward and of their gradients backward."""
-    vector = 16 // itemsize
-    pieces = min(2, D // vector)
-    sizes = {"BQ": 32 * WARPS[which] * vector * pieces // D, "PIECES": pieces}
-    return sizes if which == "forward" else {**sizes, "VECTOR": vector}
+def tile(which: str, D: int, itemsize: int) -> int:
+    """Queries per program; itemsize in bytes, of the values forward and of their gradients backward."""
+    return 32 * WARPS[which] * min(16 // itemsize, D // 2) // (D // 2)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -375,15 +386,15 @@ def level_table(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Te
 def launch(which: str, value: Tensor, spatial_shapes: list[tuple[int, int]], before: list[Tensor], reference_points: Tensor, offsets: Tensor,
            attention_logits: Tensor, after: list[Tensor]) -> None:
     (B, S, M, D), (Q, L, P), acc = value.shape, (offsets.shape[1], *offsets.shape[3:5]), accumulator(value)
-    sizes = tile(which, D, (value if which == "forward" else torch.empty((), dtype=acc)).element_size())
+    BQ = tile(which, D, (value if which == "forward" else torch.empty((), dtype=acc)).element_size())
     if B * Q == 0:
         return
     tensors = [*before, value, level_table(tuple(spatial_shapes), value.device), reference_points.to(acc), offsets, attention_logits, *after]
     function = forward_kernel if which == "forward" else backward_kernel
     major, minor = torch.cuda.get_device_capability(value.device) if value.is_cuda else (0, 0)
     with torch.cuda.device_of(value):
-        function[(M * triton.cdiv(Q, sizes["BQ"]), B)](
-            *(t.contiguous() for t in tensors), S, Q, M=M, D=D, L=L, P=P, R=reference_points.shape[-1], **sizes,
+        function[(M * triton.cdiv(Q, BQ), B)](
+            *(t.contiguous() for t in tensors), S, Q, M=M, D=D, L=L, P=P, R=reference_points.shape[-1], BQ=BQ,
             ACC=tl.float64 if acc == torch.float64 else tl.float32, **options(which, 10 * major + minor))
 
 
@@ -607,7 +618,7 @@ def disassemble(which: str, dtype: str, arch: int, D: int = 32, L: int = 4, P: i
     function = forward_kernel if which == "forward" else backward_kernel
     acc, itemsize = ("fp64", 8) if dtype == "fp64" else ("fp32", 4)
     constants = {"M": 8, "D": D, "L": L, "P": P, "R": R, "ACC": tl.float64 if acc == "fp64" else tl.float32,
-                 **tile(which, D, itemsize if which == "backward" else {"bf16": 2, "fp16": 2}.get(dtype, itemsize))}
+                 "BQ": tile(which, D, itemsize if which == "backward" else {"bf16": 2, "fp16": 2}.get(dtype, itemsize))}
     types = {"levels": "*i32", "reference": f"*{acc}", "lse": f"*{acc}", "grad_value": f"*{acc}", "S": "i32", "Q": "i32"}
     signature = {name: "constexpr" if name in constants else types.get(name, f"*{dtype}") for name in function.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
@@ -639,7 +650,7 @@ def static_row(which: str, dtype: str, arch: int, **shape: int) -> dict[str, Any
             loops.append(instructions[labels[jump[1]]:i + 1])
     inner, outer, P = min(loops, key=len), max(loops, key=len), shape.get("P", 4)
     level = len(outer) + (P - 1) * len(inner) if inner is not outer else len(outer)
-    queries = tile(which, shape.get("D", 32), 2 if which == "forward" and dtype in ("bf16", "fp16") else 8 if dtype == "fp64" else 4)["BQ"]
+    queries = tile(which, shape.get("D", 32), 2 if which == "forward" and dtype in ("bf16", "fp16") else 8 if dtype == "fp64" else 4)
     count = collections.Counter(re.sub(r"^@!?U?P\d+ ", "", x).split()[0] for x in instructions)
     named = lambda *prefixes: sum(n for name, n in count.items() if name.startswith(prefixes))          # noqa: E731
     return {"kernel": which, "dtype": dtype, "arch": arch, "registers": int(re.search(r"REG:(\d+)", usage)[1]),
