@@ -19,11 +19,13 @@ Notation, here and in every other file
 """
 import dataclasses
 import difflib
+import json
 import math
 import os
 import pickle
+import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
@@ -42,6 +44,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from kernels import ms_deform_attn
 
+CLASS_LISTS = Path(__file__).parent / "assets" / "classes.json"        # of the data sets that models were released for
+
 
 class ConfigError(ValueError):
     """A configuration, checkpoint or command line that cannot be used: one sentence that names the thing and the remedy."""
@@ -53,9 +57,9 @@ class Config:
     """Everything that defines a run: model, data and schedule. The defaults are Mask DINO R50, 50 epochs, as released."""
     # model
     model: Literal["maskdino"] = "maskdino"
-    task: Literal["detection", "instance"] = "instance"              # detection: no masks anywhere (Table 11, "box only")
-    backbone: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
-    backbone_norm: Literal["frozen", "batch", "group"] = "frozen"    # frozen only makes sense with trained weights
+    task: Literal["detection", "instance", "panoptic", "semantic"] = "instance"     # detection: no masks anywhere (Table 11, "box only")
+    backbone: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "swin_t", "swin_s", "swin_b", "swin_l"] = "resnet50"
+    backbone_norm: Literal["frozen", "batch", "group"] = "frozen"    # of ResNets; frozen only makes sense with trained weights
     backbone_weights: str = "imagenet"                               # imagenet | none | a path
     levels: tuple[int, ...] = (8, 16, 32, 64)                        # strides of the encoder's levels; past 32 by extra convolutions
     decoder_levels: int = 0                                          # how many of them, finest first, the decoder sees (Table 10); 0 = all
@@ -72,6 +76,7 @@ class Config:
     box_init: Literal["token", "mask2box", "bitmask"] = "mask2box"   # anchors from the token, or from its mask (Table 9)
     smallest_proposal: Literal["coarse", "fine"] = "coarse"          # which level's proposals are 0.05 wide; doubles level by level
     initial_prediction: bool = True                                  # predict before the first decoder layer, too
+    class_loss: Literal["focal", "ce"] = "focal"                     # ce: cross-entropy with a no-object class
     denoising: Literal["mask", "box", "none"] = "mask"               # unified denoising (Table 15)
     denoising_queries: int = 100
     label_noise: float = 0.2                                         # appendix B.2
@@ -79,7 +84,10 @@ class Config:
     matching: Literal["hybrid", "box", "mask"] = "hybrid"            # cost terms beside the class (Table 13)
     box_loss: bool = True                                            # False: Table 11, "mask only"
     mask_points: int = 12544                                         # points per mask in matching and losses
-    detections: int = 100                                            # kept per image at inference
+    detections: int = 100                                            # instances kept per image at inference
+    object_threshold: float = 0.25                                   # panoptic: queries below it are not drawn
+    overlap_threshold: float = 0.8                                   # panoptic: nor those of whose mask less is left over
+    temperature: float = 0.06                                        # panoptic, semantic: sharpens class scores; 0 = leaves them
     # data
     image_size: int = 1024                                           # training: jittered, cropped and padded to this square
     scale_jitter: tuple[float, float] = (0.1, 2.0)                   # of the size that fits
@@ -131,9 +139,10 @@ class Config:
 
 # What decides the tensors of a checkpoint and what they mean; the rest of Config may differ between training and use.
 ARCHITECTURE = ("model", "task", "backbone", "backbone_norm", "levels", "decoder_levels", "hidden", "heads", "attention_points", "enc_layers", "enc_ffn",
-                "dec_layers", "dec_ffn", "queries", "two_stage", "content_queries", "box_init", "smallest_proposal", "initial_prediction", "denoising")
+                "dec_layers", "dec_ffn", "queries", "two_stage", "content_queries", "box_init", "smallest_proposal", "initial_prediction", "class_loss",
+                "denoising")
 
-# One row a preset: overrides of Config and, under "about", what the row claims.
+# One row a preset: overrides of Config and, under "about", what the row claims; under "released", what is in the name of its official checkpoint.
 PRESETS: dict[str, dict] = {
     "shapes": dict(
         about="generated shapes, 128 pixels, from scratch, on a laptop's CPU in 10 minutes",
@@ -149,9 +158,24 @@ PRESETS: dict[str, dict] = {
         warmup=50, clip=0.1, checkpoint_every=500, evaluate_every=100),
     "coco_instance_r50_12ep": dict(about="paper: mask AP 41.4, box AP 45.7 (Table 3)", iterations=88_500, lr_drops=(81_125,)),
     "coco_instance_r50_24ep": dict(about="paper: mask AP 44.2, box AP 48.4 (Table 3)", iterations=177_000, lr_drops=(147_500,)),
-    "coco_instance_r50_50ep": dict(about="paper: mask AP 46.3, box AP 51.7 (Table 3)"),
-    "coco_instance_r50_50ep_hid1024": dict(about="paper: mask AP 46.1, box AP 51.5 (released model)", levels=(8, 16, 32), enc_ffn=1024,
-                                           box_init="bitmask", smallest_proposal="fine"),
+    "coco_instance_r50_50ep": dict(about="paper: mask AP 46.3, box AP 51.7 (Table 3)", released="mask46.3ap_box51.7ap"),
+    "coco_instance_r50_50ep_hid1024": dict(about="paper: mask AP 46.1, box AP 51.5 (released model)", released="mask46.1ap_box51.5ap",
+                                           levels=(8, 16, 32), enc_ffn=1024, box_init="bitmask", smallest_proposal="fine"),
+    "coco_instance_swinl_50ep": dict(about="paper: mask AP 52.3, box AP 59.0 (Table 3)", released="mask52.3ap_box59.0ap",
+                                     backbone="swin_l", levels=(4, 8, 16, 32, 64), box_init="bitmask"),
+    "coco_instance_swinl_50ep_token": dict(about="paper: mask AP 52.1, box AP 58.3 (Table 3), without mask-enhanced boxes", released="mask52.1ap_box58.3ap",
+                                           backbone="swin_l", levels=(4, 8, 16, 32, 64), box_init="token"),
+    "coco_panoptic_r50_50ep": dict(about="paper: PQ 53.0 (Table 4)", released="panoptic_pq53.0", task="panoptic", box_init="token"),
+    "coco_panoptic_swinl_50ep": dict(about="paper: PQ 58.3 (Table 4)", released="panoptic_58.3pq", task="panoptic", backbone="swin_l",
+                                     levels=(4, 8, 16, 32, 64), box_init="token"),
+    "ade20k_semantic_r50": dict(
+        about="paper: mIoU 48.7 (Table 5)", released="ade20k_48.7miou", task="semantic", class_loss="ce", two_stage=False, levels=(8, 16, 32), enc_ffn=1024,
+        queries=100, box_init="token", smallest_proposal="fine", image_size=512, test_short=512, test_long=2048, iterations=160_000,
+        lr_drops=(135_000, 150_000)),
+    "cityscapes_semantic_r50": dict(
+        about="paper: mIoU 80.0 (Table 6)", released="cityscapes_79.8miou", task="semantic", class_loss="ce", two_stage=False, levels=(8, 16, 32), enc_ffn=1024,
+        queries=100, box_init="token", smallest_proposal="fine", backbone_norm="batch", test_short=1024, test_long=2048, iterations=90_000,
+        lr_drops=(80_000, 87_000)),
 }
 
 
@@ -159,7 +183,7 @@ def preset(name: str, **overrides) -> Config:
     """The preset's Config with some fields overridden. Raises ConfigError for an unknown name, naming the nearest."""
     if name not in PRESETS:
         raise ConfigError(f"there is no preset '{name}'{nearest(name, PRESETS)}; `python train.py --list` shows them all")
-    row = {key: value for key, value in PRESETS[name].items() if key != "about"}
+    row = {key: value for key, value in PRESETS[name].items() if key not in ("about", "released")}
     return Config(**row | overrides)
 
 
@@ -423,7 +447,7 @@ class PixelDecoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------- heads
 class Prediction(NamedTuple):
     """What one place of the model says about every query."""
-    logits: Tensor                  # (B, Q, K)
+    logits: Tensor                  # (B, Q, K); with class_loss=ce K + 1, the last for no object
     boxes: Tensor                   # (B, Q, 4)
     embeddings: Tensor | None       # (B, Q, C): mask logits = embeddings times the pixel embedding map; None when the task has no masks
 
@@ -435,10 +459,11 @@ class Heads(nn.Module):
         super().__init__()
         C = config.hidden
         self.norm = nn.LayerNorm(C)
-        self.class_head = nn.Linear(C, num_classes)
+        self.class_head = nn.Linear(C, num_classes + (config.class_loss == "ce"))               # the last column of a ce head: no object
         self.box_head = MLP(C, C, C, 4)
         self.mask_head = MLP(C, C, C, C) if config.masks else None
-        nn.init.constant_(self.class_head.bias, -math.log(99))      # focal prior 0.01; the released code has none and starts at a loss of 25,000
+        if config.class_loss == "focal":
+            nn.init.constant_(self.class_head.bias, -math.log(99))  # focal prior 0.01; the released code has none and starts at a loss of 25,000
         nn.init.zeros_(self.box_head[-1].weight)
         nn.init.zeros_(self.box_head[-1].bias)
 
@@ -836,7 +861,10 @@ class Criterion(nn.Module):
         labels, boxes = truth.labels.repeat(1, groups), truth.boxes.repeat(1, groups, 1)                    # (B, G * N)
         r, b = torch.arange(R, device=query.device)[:, None, None], torch.arange(B, device=query.device)[None, :, None]
         wanted = torch.zeros_like(sets.logits).index_put((r, b, query, labels[None]), found.to(sets.logits), accumulate=True)
-        losses = {"class": sigmoid_focal_loss(sets.logits, wanted, alpha=0.25, gamma=2).flatten(1).sum(1) / num}
+        if self.config.class_loss == "focal":
+            losses = {"class": sigmoid_focal_loss(sets.logits, wanted, alpha=0.25, gamma=2).flatten(1).sum(1) / num}
+        else:
+            losses = {"class": cross_entropy(sets.logits, wanted)}
         own = sets.boxes[r, b, query]                                                                       # (R, B, G * N, 4)
         overlap = giou(box_convert(own, "cxcywh", "xyxy"), box_convert(boxes, "cxcywh", "xyxy"))
         losses["l1"] = ((own - boxes).abs().sum(-1) * found).sum((1, 2)) / num
@@ -869,6 +897,15 @@ class Criterion(nn.Module):
         p = x.sigmoid()
         dice = 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
         return bce.view(R, total), dice.view(R, total)
+
+
+def cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
+    """(R,): weighted mean over the queries of each set; no object, the last class, weighs 0.1. logits, wanted (0 or 1): (R, B, Q, K + 1)."""
+    K = logits.shape[-1] - 1
+    label = torch.where(wanted.any(-1), wanted.argmax(-1), K)                                               # (R, B, Q)
+    weight = logits.new_ones(K + 1).index_fill(0, torch.tensor(K, device=logits.device), 0.1)
+    loss = F.cross_entropy(logits.flatten(0, 2), label.flatten(), weight, reduction="none").view_as(label)
+    return loss.sum((1, 2)) / weight[label].sum((1, 2))
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -942,10 +979,13 @@ def read_torch_file(path: Path) -> dict:
     return content
 
 
+OWN = {"model", "config", "classes"}                                  # what a checkpoint of train.py holds
+
+
 def read_checkpoint(path: str | os.PathLike, **overrides) -> tuple[dict, Config]:
     """A checkpoint of train.py and its Config; `overrides` may change anything but the architecture (ConfigError)."""
     content = read_torch_file(Path(path))
-    if not {"model", "config", "classes"} <= content.keys():
+    if not OWN <= content.keys():
         raise ConfigError(f"{path} is not a checkpoint of this project: it needs 'model', 'config' and 'classes', "
                           f"but holds {', '.join(sorted(map(str, content))[:5])}")
     if unknown := sorted(content["config"].keys() - {field.name for field in dataclasses.fields(Config)}):
@@ -971,12 +1011,247 @@ def fill(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
     module.load_state_dict(state, strict=False)
 
 
+def weights_in(content: dict, path: str | os.PathLike) -> dict[str, Tensor]:
+    """A released checkpoint's weights: the file itself, or what it holds under "model" as detectron2 writes it."""
+    state = content.get("model", content)
+    if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
+        raise ConfigError(f"{path} is no checkpoint: it should hold weights by name, or 'model', 'config' and 'classes' as train.py writes them, "
+                          f"but has {', '.join(sorted(map(str, content))[:5]) or 'nothing'}")
+    return state
+
+
+def read_weights(path: str | os.PathLike, **overrides) -> tuple[dict[str, Tensor], Config, dict]:
+    """Weights under our names, configuration and classes of a checkpoint of train.py (its averaged weights, if it has some) or of a released one."""
+    content = read_torch_file(Path(path))
+    if OWN <= content.keys():
+        content, config = read_checkpoint(path, **overrides)
+        return content["ema"] or content["model"], config, content["classes"]
+    state, remedy = weights_in(content, path), {"DINO": "it can only be a start: python train.py PRESET --finetune=..."}
+    if (kind := family(state)) != "Mask DINO":
+        raise ConfigError(f"{path} is a checkpoint of {kind}, not of Mask DINO: {remedy.get(kind, 'it cannot be used here')}" if kind != "unknown" else
+                          f"{path} is no checkpoint of Mask DINO: its tensors have names like '{next(iter(state))}'")
+    config = official_config(state, path, **overrides)
+    classes = class_list(len(state["sem_seg_head.predictor.label_enc.weight"]))
+    with torch.device("meta"):                                          # names and shapes only
+        shell = MaskDINO(config, len(classes["names"]))
+    return from_official(state, shell, path), config, classes
+
+
 def load(path: str | os.PathLike, device: str | torch.device = "cpu", **overrides) -> tuple[MaskDINO, dict]:
-    """A checkpoint of train.py -> the model in evaluation mode (with its averaged weights, if it has some) and its classes.
+    """A checkpoint of train.py or a released one -> the model in evaluation mode and its classes.
 
     `overrides` change fields of Config that are no architecture, such as test_short. Raises ConfigError for a file that is something else.
     """
-    content, config = read_checkpoint(path, **overrides)
-    model = build(config, content["classes"])
-    fill(model, content["ema"] or content["model"], path)
-    return model.to(device).eval(), content["classes"]
+    state, config, classes = read_weights(path, **overrides)
+    model = build(config, classes)
+    fill(model, state, path)
+    return model.to(device).eval(), classes
+
+
+# ---------------------------------------------------------------------------------------------------------------- released checkpoints
+OFFICIAL = [                                                            # our name -> the released one
+    (r"^backbone\.body\.(bn1|conv1)\.", lambda m: "backbone.stem.conv1." + "norm." * (m[1] == "bn1")),
+    (r"^backbone\.body\.layer(\d)\.", lambda m: f"backbone.res{int(m[1]) + 1}."), (r"(?<=\d\.)bn(\d)\.", r"conv\1.norm."),
+    (r"\.downsample\.0\.", ".shortcut."), (r"\.downsample\.1\.", ".shortcut.norm."),
+    (r"^pixel_decoder\.layers\.", "pixel_decoder.transformer.encoder.layers."), (r"^pixel_decoder\.level_embed", "pixel_decoder.transformer.level_embed"),
+    (r"\.pixel_embed\.", ".mask_features."), (r"\.lateral\.0\.", ".adapter_1."), (r"\.lateral\.1\.", ".adapter_1.norm."),
+    (r"\.smooth\.0\.", ".layer_1."), (r"\.smooth\.1\.", ".layer_1.norm."), (r"\.ffn\.0\.", ".linear1."), (r"\.ffn\.2\.", ".linear2."),
+    (r"^query_selection\.content\.", "predictor.query_feat."), (r"^query_selection\.anchor_logits\.", "predictor.query_embed."),
+    (r"^query_selection\.", "predictor."), (r"^label_embed\.", "predictor.label_enc."), (r"^heads\.norm\.", "predictor.decoder_norm."),
+    (r"^heads\.class_head\.", "predictor.class_embed."), (r"^heads\.mask_head\.(\d)\.", lambda m: f"predictor.mask_embed.layers.{int(m[1]) // 2}."),
+    (r"^heads\.box_head\.(\d)\.", lambda m: f"predictor._bbox_embed.layers.{int(m[1]) // 2}."),
+    (r"^decoder\.anchor_embed\.(\d)\.", lambda m: f"predictor.decoder.ref_point_head.layers.{int(m[1]) // 2}."),
+    (r"^decoder\.layers\.(\d+)\.norm([12])\.", lambda m: f"predictor.decoder.layers.{m[1]}.norm{3 - int(m[2])}."),      # theirs count differently
+    (r"^decoder\.", "predictor.decoder."), (r"^(pixel_decoder|predictor)\.", r"sem_seg_head.\1."),
+]
+
+
+def official_names(name: str, config: Config) -> list[str]:
+    """All names that one of our tensors has in a released checkpoint; the first is its own, the others are aliases of the same tensor."""
+    if config.smallest_proposal == "fine" and (m := re.match(r"pixel_decoder\.input_proj\.(\d)\.", name)):
+        backbone_levels = sum(stride <= 32 for stride in config.levels)
+        if int(m[1]) < backbone_levels:                                 # these models count the backbone's levels from coarse to fine, extra ones after
+            name = name.replace(m[0], f"pixel_decoder.input_proj.{backbone_levels - 1 - int(m[1])}.")
+    for pattern, new in OFFICIAL:
+        name = re.sub(pattern, new, name)
+    numbers = range(config.dec_layers)
+    return [name, *(name.replace("._bbox_embed.", f".{where}bbox_embed.{i}.") for where in ("", "decoder.") for i in numbers if "._bbox_embed." in name),
+            *([name.replace(".decoder_norm.", ".decoder.norm.")] if ".decoder_norm." in name else [])]
+
+
+def turn_levels(name: str, x: Tensor, config: Config) -> Tensor:
+    """Ours to released and back. Our levels run from fine to coarse everywhere. The released decoder reads its encoder's levels in reverse, and there
+    are two kinds of models: the encoder runs from fine to coarse and the decoder reversed, or the encoder reversed and the decoder as ours."""
+    if name.startswith("decoder." if config.smallest_proposal == "coarse" else "pixel_decoder."):
+        if re.search(r"\.(sampling_offsets|attention_weights)\.", name):
+            levels = len(config.levels) if name.startswith("pixel") else config.decoder_levels or len(config.levels)
+            return x.unflatten(0, (config.heads, levels, -1)).flip(1).flatten(0, 2)
+        if name.endswith("level_embed"):
+            return x.flip(0)
+    return x
+
+
+def to_official(model: MaskDINO) -> dict[str, Tensor]:
+    """The model's weights as a released checkpoint has them, aliases and buffers included."""
+    config, state = model.config, {}
+    if not config.masks or model.label_embed is None or config.decoder_levels:
+        raise ConfigError("the released format has no place for this model: it knows models with masks, denoising, and a decoder that sees every level")
+    for name, x in model.state_dict().items():
+        state |= dict.fromkeys(official_names(name, config), turn_levels(name, x, config))
+    weight = torch.ones(model.num_classes + 1)
+    weight[-1] = 0.1
+    return state | {"criterion.empty_weight": weight}
+
+
+def from_official(state: dict[str, Tensor], model: MaskDINO, source: object) -> dict[str, Tensor]:
+    """A released checkpoint under our names. Every tensor is accounted for: used, an alias (checked to be equal) or a buffer that is known.
+
+    Raises ConfigError for a missing tensor, one of another shape, an alias that differs, and one that nobody asked for.
+    """
+    left, ours, config = dict(state), {}, model.config
+    for name, own in model.state_dict().items():
+        official, *aliases = official_names(name, config)
+        if official not in left:
+            raise ConfigError(f"{source}: '{official}' is missing; the file is damaged or of another version: download it again")
+        x = left.pop(official)
+        if x.shape != own.shape:
+            raise ConfigError(f"{source}: '{official}' has shape {tuple(x.shape)}, the rest of the file asks for {tuple(own.shape)}: download it again")
+        for alias in aliases:
+            if not torch.equal(left.pop(alias, x), x):
+                raise ConfigError(f"{source}: '{alias}' should be the same tensor as '{official}' and is not: this is no checkpoint of the released code")
+        ours[name] = turn_levels(name, x, config)
+    known = ("criterion.empty_weight", "relative_position_index", "num_batches_tracked")
+    if unknown := sorted(key for key in left if not key.endswith(known)):
+        raise ConfigError(f"{source}: {len(unknown)} tensors have no place in this model, for example '{unknown[0]}': it is of a model that is not known here")
+    return ours
+
+
+def class_list(count: int) -> dict:
+    """The classes of the released models, told by their number: COCO 80, COCO panoptic 133, ADE20K 150, Cityscapes 19; others go by number."""
+    for known in json.loads(CLASS_LISTS.read_text()).values():
+        if len(known["names"]) == count:
+            return known
+    return {"names": [f"class {i}" for i in range(count)], "category_ids": list(range(1, count + 1)), "is_thing": [True] * count}
+
+
+def official_config(state: dict[str, Tensor], source: object, **overrides) -> Config:
+    """The configuration of a released checkpoint: the architecture by names and shapes, what they don't tell by the matching preset. Prints the latter."""
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in state:
+            raise ConfigError(f"{source}: '{name}' is missing; the file is damaged or of another version: download it again")
+        return tuple(state[name].shape)
+
+    def count(pattern: str) -> int:
+        return len({m[1] for key in state if (m := re.match(pattern, key))})
+
+    proj, encoder = "sem_seg_head.pixel_decoder.input_proj", "sem_seg_head.pixel_decoder.transformer.encoder.layers"
+    decoder = "sem_seg_head.predictor.decoder.layers"
+    labels, outputs = shape("sem_seg_head.predictor.label_enc.weight")[0], shape("sem_seg_head.predictor.class_embed.weight")[0]
+    L = count(re.escape(proj) + r"\.(\d+)\.")
+    inputs = [shape(f"{proj}.{i}.0.weight") for i in range(L)]
+    known = sorted(s[1] for s in inputs if s[-1] == 1)                                  # 1 x 1 convolutions read the backbone, 3 x 3 ones the level before
+    finest = 4 if (known and known[0] == shape("sem_seg_head.pixel_decoder.adapter_1.weight")[1]) else 8
+    learned = "sem_seg_head.predictor.query_feat.weight"
+    facts = {
+        "backbone": backbone_of(state, count, source), "backbone_norm": "batch" if "backbone.stem.conv1.norm.num_batches_tracked" in state else "frozen",
+        "levels": tuple(finest * 2 ** i for i in range(L)), "hidden": shape(f"{proj}.0.0.weight")[0],
+        "smallest_proposal": "coarse" if L < 2 or inputs[0][1] < inputs[1][1] else "fine",
+        "enc_layers": count(re.escape(encoder) + r"\.(\d+)\."), "enc_ffn": shape(f"{encoder}.0.linear1.weight")[0],
+        "dec_layers": count(re.escape(decoder) + r"\.(\d+)\."), "dec_ffn": shape(f"{decoder}.0.linear1.weight")[0],
+        "two_stage": "sem_seg_head.predictor.enc_output.weight" in state, "class_loss": "ce" if outputs == labels + 1 else "focal",
+        "content_queries": "learned" if learned in state and "sem_seg_head.predictor.enc_output.weight" in state else "selected",
+        "task": {80: "instance", 133: "panoptic", 150: "semantic", 19: "semantic"}.get(labels, "instance")}
+    if learned in state:
+        facts["queries"] = shape(learned)[0]
+    told = ("task", "backbone", "enc_ffn", "two_stage", "class_loss")                   # enough to tell the released models apart, but for two
+    rows = {name: row for name, row in PRESETS.items() if "released" in row and all(getattr(preset(name), key) == facts[key] for key in told)}
+    name = next((name for name, row in rows.items() if row["released"] in str(source)), next(iter(rows), "coco_instance_r50_50ep"))
+    config = dataclasses.replace(preset(name), **facts)
+    for key, value in overrides.items():
+        if key in facts and value != facts[key]:
+            raise ConfigError(f"--{key}={value} contradicts {source}, which has {facts[key]}: leave it out")
+    config = dataclasses.replace(config, **overrides)
+    guessed = ("box_init", "queries", "test_short", "test_long", "object_threshold", "overlap_threshold", "temperature")
+    print(f"{source}: a released checkpoint, {config.task}, {config.backbone}, levels {','.join(map(str, config.levels))}, {labels} classes; "
+          f"taken from preset {name}: " + ", ".join(f"{key}={getattr(config, key)}" for key in guessed if key not in facts and key not in overrides))
+    return config
+
+
+def backbone_of(state: dict[str, Tensor], count: Callable[[str], int], source: object) -> str:
+    """The backbone's name by its blocks: how many the third stage has, and how wide the first is."""
+    if "backbone.patch_embed.proj.weight" in state:
+        key = count(r"backbone\.layers\.2\.blocks\.(\d+)\."), state["backbone.patch_embed.proj.weight"].shape[0]
+        found = {(6, 96): "swin_t", (18, 96): "swin_s", (18, 128): "swin_b", (18, 192): "swin_l"}.get(key)
+    else:
+        key = count(r"backbone\.res4\.(\d+)\."), "backbone.res2.0.conv3.weight" in state                              # the latter: bottleneck blocks
+        found = {(6, True): "resnet50", (23, True): "resnet101", (2, False): "resnet18", (6, False): "resnet34"}.get(key)
+    if not found:
+        raise ConfigError(f"{source}: its backbone is none of ResNet-18, 34, 50, 101, Swin-T, S, B and L")
+    return found
+
+
+def family(state: dict) -> str:
+    """Whose checkpoint it is, by its names."""
+    marks = {"DFormer": "predictor.time_mlp", "Mask2Former": "predictor.transformer_cross_attention_layers.0.",
+             "Mask DINO": "sem_seg_head.predictor.label_enc.", "DINO": "transformer.enc_out_class_embed.", "DETR": "transformer.decoder.layers.0."}
+    return next((name for name, mark in marks.items() if any(mark in key for key in state)), "unknown")
+
+
+DINO = [                                                                # our name -> that of DINO's detection checkpoints
+    (r"^backbone\.body\.", "backbone.0.body."), (r"^pixel_decoder\.layers\.", "transformer.encoder.layers."),
+    (r"^pixel_decoder\.input_proj\.", "input_proj."), (r"^pixel_decoder\.level_embed", "transformer.level_embed"),
+    (r"\.ffn\.0\.", ".linear1."), (r"\.ffn\.2\.", ".linear2."), (r"^query_selection\.enc", "transformer.enc"), (r"^label_embed\.", "label_enc."),
+    (r"^heads\.norm\.", "transformer.decoder.norm."), (r"^heads\.class_head\.", "transformer.decoder.class_embed.5."),
+    (r"^heads\.box_head\.(\d)\.", lambda m: f"transformer.decoder.bbox_embed.5.layers.{int(m[1]) // 2}."),
+    (r"^decoder\.anchor_embed\.(\d)\.", lambda m: f"transformer.decoder.ref_point_head.layers.{int(m[1]) // 2}."),
+    (r"^decoder\.layers\.(\d+)\.", lambda m: f"transformer.decoder.layers.{min(int(m[1]), 5)}."),        # it has 6 layers: more start as the last
+    (r"^(transformer\.decoder\.layers\.\d+)\.norm([12])\.", lambda m: f"{m[1]}.norm{3 - int(m[2])}."),
+]
+
+
+def from_dino(state: dict[str, Tensor], model: MaskDINO) -> tuple[dict[str, Tensor], dict]:
+    """What a DINO detection checkpoint (arXiv 2203.03605) has for this model, under our names, and its classes: COCO's 80, found by their ids.
+
+    Its heads for encoder tokens are not used: here encoder and decoder share one set of heads.
+    """
+    classes, ours = class_list(80), {}
+    for name in model.state_dict():
+        theirs = name
+        for pattern, new in DINO:
+            theirs = re.sub(pattern, new, theirs)
+        if theirs in state:
+            ours[name] = state[theirs][classes["category_ids"]] if name.startswith(CLASS_ROWS) else state[theirs]
+    return ours, classes
+
+
+CLASS_ROWS = ("heads.class_head.", "label_embed.")                      # tensors with a row for each class
+
+
+def start_from(model: MaskDINO, path: str | os.PathLike) -> str:
+    """Fine-tuning: fills a fresh model from a checkpoint of ours, a released one or a detection checkpoint of DINO.
+
+    Class head and label embedding take over the rows of classes of the same name. Tensors that the checkpoint lacks stay as they are.
+    Returns what happened, in words. Raises ConfigError for tensors of another shape.
+    """
+    content = read_torch_file(Path(path))
+    state = weights_in(content, path)
+    if family(state) == "DINO":
+        state, classes = from_dino(state, model)
+    else:
+        state, _, classes = read_weights(path)
+    own, names, rows = model.state_dict(), model.classes["names"], {name: i for i, name in enumerate(classes["names"])}
+    common = [name for name in names if name in rows]
+    for key in own.keys() & state.keys():
+        x = state[key]
+        if key.startswith(CLASS_ROWS):
+            x = own[key].clone()
+            for name in common:
+                x[names.index(name)] = state[key][rows[name]]
+        if x.shape != own[key].shape:
+            raise ConfigError(f"{path}: '{key}' has shape {tuple(x.shape)}, this model needs {tuple(own[key].shape)}: choose the preset that it was made with")
+        own[key] = x
+    model.load_state_dict(own)
+    parts = [sorted({".".join(key.split(".")[:2]) for key in keys}) for keys in (own.keys() & state.keys(), own.keys() - state.keys())]
+    matched = f"{len(common)} of {len(names)} classes by name" + (f" ({', '.join(common[:8])}{' ...' if len(common) > 8 else ''})" if common else "")
+    return (f"started from {path}\n  carried over: {', '.join(parts[0])}; in class head and label embedding {matched}\n"
+            f"  fresh: {', '.join(parts[1]) or 'nothing else'}")

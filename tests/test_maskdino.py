@@ -5,7 +5,6 @@ kept at every fourth row and column.
 """
 import dataclasses
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ sys.path.insert(0, str(GOLDEN))
 import recipe  # noqa: E402
 
 CLASSES = {"names": [f"class {i}" for i in range(7)], "category_ids": list(range(1, 8)), "is_thing": [True] * 7}
-HEADS = ["mask2box", "no", "bitmask", "lvl5_res2", "lvl3_high2low", "learn_tgt", "no_initial_pred", "one_stage"]
+HEADS = ["mask2box", "no", "bitmask", "lvl5_res2", "lvl3_high2low", "learn_tgt", "no_initial_pred", "one_stage", "ce"]
 
 
 def tensor(array):
@@ -34,52 +33,14 @@ def golden(name):
     return np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------- official names
-RENAMES = [                                                              # official name -> ours
-    (r"^pixel_decoder\.transformer\.(encoder\.)?", "pixel_decoder."), (r"\.mask_features\.", ".pixel_embed."),
-    (r"\.adapter_1\.norm\.", ".lateral.1."), (r"\.adapter_1\.", ".lateral.0."), (r"\.layer_1\.norm\.", ".smooth.1."), (r"\.layer_1\.", ".smooth.0."),
-    (r"\.linear1\.", ".ffn.0."), (r"\.linear2\.", ".ffn.2."),
-    (r"^predictor\.(enc_output(_norm)?)\.", r"query_selection.\1."), (r"^predictor\.query_feat\.", "query_selection.content."),
-    (r"^predictor\.query_embed\.", "query_selection.anchor_logits."), (r"^predictor\.class_embed\.", "heads.class_head."),
-    (r"^predictor\.label_enc\.", "label_embed."), (r"^predictor\.decoder_norm\.", "heads.norm."),
-    (r"^predictor\.mask_embed\.layers\.(\d)\.", lambda m: f"heads.mask_head.{2 * int(m[1])}."),
-    (r"^predictor\._bbox_embed\.layers\.(\d)\.", lambda m: f"heads.box_head.{2 * int(m[1])}."),
-    (r"^predictor\.decoder\.ref_point_head\.layers\.(\d)\.", lambda m: f"decoder.anchor_embed.{2 * int(m[1])}."),
-    (r"^predictor\.decoder\.layers\.(\d)\.norm([12])\.", lambda m: f"decoder.layers.{m[1]}.norm{3 - int(m[2])}."),       # theirs count differently
-    (r"^predictor\.decoder\.", "decoder."),
-    (r"^backbone\.stem\.conv1\.norm\.", "backbone.body.bn1."), (r"^backbone\.stem\.", "backbone.body."),
-    (r"^backbone\.res(\d)\.", lambda m: f"backbone.body.layer{int(m[1]) - 1}."), (r"\.conv(\d)\.norm\.", r".bn\1."),
-    (r"\.shortcut\.norm\.", ".downsample.1."), (r"\.shortcut\.", ".downsample.0."),
-]
-
-
-def reverse_levels(x, heads=8):
-    """(M * L * P * n, ...) with the level axis turned round."""
-    rows = x.shape[0] // heads
-    for points in (8, 4):                                                # offsets have 4 points x 2, weights 4
-        if rows % points == 0 and (points == 8) == (x.dim() > 0 and reverse_levels.offsets):
-            return x.view(heads, rows // points, points, *x.shape[1:]).flip(1).reshape(x.shape)
-    raise AssertionError(x.shape)
-
-
-def from_official(shapes, low2high):
-    """Recipe weights under our names, levels from fine to coarse everywhere."""
-    out, levels = {}, None
-    weights = {k: torch.from_numpy(v) for k, v in recipe.make_weights(shapes).items() if recipe.canonical(k) == re.sub(r"^sem_seg_head\.", "", k)}
-    levels = sum(bool(re.search(r"input_proj\.\d\.0\.weight", k)) for k in weights)
-    for official, x in weights.items():
-        name = re.sub(r"^sem_seg_head\.", "", official)
-        for pattern, new in RENAMES:
-            name = re.sub(pattern, new, name)
-        if re.search(r"(sampling_offsets|attention_weights)\.", name) and name.startswith("decoder." if low2high else "pixel_decoder."):
-            reverse_levels.offsets = "sampling_offsets" in name
-            x = reverse_levels(x)
-        if not low2high:
-            name = re.sub(r"input_proj\.(\d)", lambda m: f"input_proj.{levels - 1 - int(m[1])}", name)
-            x = x.flip(0) if name.endswith("level_embed") else x
-        assert name not in out, name
-        out[name] = x
-    return out
+# ---------------------------------------------------------------------------------------------------------------- golden heads
+def recipe_weights(shapes):
+    """A released checkpoint made by the recipe, buffers included. shapes: {official name: shape}."""
+    state = {name: tensor(x) for name, x in recipe.make_weights(shapes).items()}
+    for name in shapes.keys() - state.keys():
+        integers = name.endswith(("relative_position_index", "num_batches_tracked"))
+        state[name] = torch.zeros(shapes[name], dtype=torch.int64) if integers else torch.tensor([1.0] * (shapes[name][0] - 1) + [0.1])
+    return state
 
 
 class Features(nn.Module):
@@ -101,11 +62,12 @@ def head_model(z, monkeypatch):
     config = Config(levels=levels, hidden=64, enc_layers=2, enc_ffn=128, dec_layers=3, dec_ffn=128, queries=20, two_stage=c["two_stage"],
                     content_queries="learned" if c["learn_tgt"] else "selected", initial_prediction=c["initial_pred"],
                     box_init="token" if c["initialize_box_type"] == "no" else c["initialize_box_type"],
-                    smallest_proposal="coarse" if c["feature_order"] == "low2high" else "fine", denoising_queries=20, mask_points=256)
+                    smallest_proposal="coarse" if c["feature_order"] == "low2high" else "fine", denoising_queries=20, mask_points=256,
+                    class_loss="ce" if c["semantic_ce_loss"] else "focal")
     monkeypatch.setattr(maskdino, "Backbone", Features)
     model = MaskDINO(config, 7)
-    missing, unexpected = model.load_state_dict(from_official(json.loads(str(z["params"])), c["feature_order"] == "low2high"), strict=False)
-    assert not unexpected and not missing, (missing, unexpected)
+    state = {f"sem_seg_head.{name}": x for name, x in recipe_weights(json.loads(str(z["params"]))).items()}
+    model.load_state_dict(maskdino.from_official(state, model, "fixture"))
     return model
 
 
@@ -258,18 +220,11 @@ def test_golden_training(case, monkeypatch):
 
 def check_gradients(model, z):
     """L2 norms of the gradients; tensors with a reversed level axis or shared names keep theirs."""
-    official = {name: norm for name, (norm, _) in json.loads(str(z["grad_norm_sum"])).items()}
-    shapes = {k: s for k, s in json.loads(str(z["params"])).items() if k in official}
-    ours = {name: p.grad for name, p in model.named_parameters()}
-    seen = set()
-    for name in shapes:
-        target = re.sub(r"^sem_seg_head\.", "", recipe.canonical(name))
-        for pattern, new in RENAMES:
-            target = re.sub(pattern, new, target)
-        wanted, got = official[name], float(ours[target].double().norm())
-        assert got == pytest.approx(wanted, rel=1e-3, abs=1e-5), (name, got, wanted)
-        seen.add(target)
-    assert seen == set(ours)
+    official = {recipe.canonical(name): norm for name, (norm, _) in json.loads(str(z["grad_norm_sum"])).items()}
+    ours = {recipe.canonical(maskdino.official_names(name, model.config)[0]): p.grad for name, p in model.named_parameters()}
+    assert ours.keys() == official.keys()
+    for name, grad in ours.items():
+        assert float(grad.double().norm()) == pytest.approx(official[name], rel=1e-3, abs=1e-5), name
 
 
 # ---------------------------------------------------------------------------------------------------------------- criterion.npz
@@ -300,6 +255,18 @@ def test_golden_costs_and_losses():
         assert float(losses[f"layer1/{part}"]) == pytest.approx(float(z[name]), abs=1e-5), part
 
 
+def test_golden_cross_entropy():
+    """The 8 logits read as 7 classes and no object."""
+    z, targets, output = criterion_case()
+    query = [tensor(z[f"img{b}_match_src"]) for b in range(2)]
+    labels = [targets[b]["labels"][tensor(z[f"img{b}_match_tgt"])] for b in range(2)]
+    wanted = torch.zeros(1, 2, 12, 8)
+    for b in range(2):
+        wanted[0, b, query[b], labels[b]] = 1
+    loss = maskdino.cross_entropy(output.sets["layer1"].logits[None], wanted)
+    assert loss.item() == pytest.approx(float(z["loss_ce_softmax"]), abs=1e-5)
+
+
 def test_golden_importance_sampling():
     z = golden("criterion")
     ours = maskdino.uncertain_points(tensor(z["points/logits"])[:, 0], tensor(z["points/draw1"]), tensor(z["points/draw2"]))
@@ -323,10 +290,9 @@ def test_golden_giou():
 # ---------------------------------------------------------------------------------------------------------------- the rest of the goldens
 def test_golden_backbone():
     z = golden("backbone_r50")
-    backbone = maskdino.Backbone(Config())
-    weights = {k.removeprefix("backbone."): v for k, v in from_official(json.loads(str(z["params"])), True).items()}
-    missing, unexpected = backbone.load_state_dict(weights, strict=False)
-    assert not missing and not unexpected
+    backbone, state = maskdino.Backbone(Config()), recipe_weights(json.loads(str(z["params"])))
+    backbone.load_state_dict({name: state.pop(maskdino.official_names(f"backbone.{name}", Config())[0]) for name in backbone.state_dict()})
+    assert not state
     model = MaskDINO(Config(enc_layers=1, dec_layers=1), 2)
     with torch.no_grad():
         features = backbone(model.normalise(tensor(z["image"])[None], [z["image"].shape[1:]]))
@@ -486,8 +452,11 @@ def test_files_that_are_no_checkpoints(tmp_path):
     (tmp_path / "half.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:20_000])
     with pytest.raises(ConfigError, match="damaged"):
         maskdino.load(tmp_path / "half.pth")
-    with pytest.raises(ConfigError, match="not a checkpoint of this project"):
+    with pytest.raises(ConfigError, match="no checkpoint of Mask DINO: its tensors have names like 'a'"):
         maskdino.load(tmp_path / "other.pth")
+    torch.save({"epoch": 3}, tmp_path / "numbers.pth")
+    with pytest.raises(ConfigError, match="should hold weights by name.* but has epoch"):
+        maskdino.load(tmp_path / "numbers.pth")
     model = maskdino.build(tiny(), CLASSES)
     maskdino.save(tmp_path / "c.pth", {"model": model.state_dict(), "ema": None, "config": dataclasses.asdict(model.config), "classes": CLASSES})
     with pytest.raises(ConfigError, match="--dec_layers=4 contradicts"):
