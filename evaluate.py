@@ -2,9 +2,11 @@
 
     python evaluate.py CHECKPOINT --data=DIR [--out=DIR]                        # AP on the validation split, a page of pictures
     python evaluate.py CHECKPOINT --images=PATH --out=DIR [--threshold=0.3]     # a picture or a folder: overlays + predictions.json
+    python evaluate.py CHECKPOINT --save_official=PATH                          # the weights under the released code's names
 
-Also: --val_json=FILE --val_images=DIR (instead of what --data finds), --per_class, --batch_size=1, --device=cuda|mps|cpu, and these
-fields of the checkpoint's Config: --max_images (here: of the validation split, 0 = all), --test_short, --test_long, --detections, --workers.
+CHECKPOINT is one of train.py or a released one. Also: --val_json=FILE --val_images=DIR (instead of what --data finds), --per_class,
+--batch_size=1, --device=cuda|mps|cpu, and these fields of the checkpoint's Config: --max_images (here: of the validation split, 0 = all),
+--test_short, --test_long, --detections, --workers, --object_threshold, --overlap_threshold, --temperature; of a released one, --box_init and --queries.
 
 The numbers are those of pycocotools (COCOeval, 100 detections an image), except that
 - what does not apply is None ("n/a"), never -1: no ground truth in the split, or none of that size or class;
@@ -147,7 +149,7 @@ def evaluate(model, dataset, out: Path, *, batch_size: int = 1, workers: int = 0
     out: folder for results_bbox.json and results_segm.json, COCO's result format in pixels of the original images.
 
     Returns what coco_metrics returns, the same on every rank. Rank r takes the images r, r + world, ...; rank 0 scores, writes and prints.
-    Raises DataError when model and data are of other classes.
+    Classes are matched by name; raises DataError when none is in common.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = _share(model, dataset, rank, world, batch_size, workers)
@@ -175,14 +177,21 @@ def _share(model, dataset, rank: int, world: int, batch_size: int, workers: int)
     return share
 
 
-def _category_ids(classes: dict, dataset) -> list[int]:
-    """The data's category id of each of the model's labels, found by name: the order may differ."""
-    names, ids = set(classes["names"]), dict(zip(dataset.class_names, dataset.category_ids, strict=True))
-    if names != ids.keys():
-        ours, theirs = (", ".join(sorted(a - b)[:5]) or "nothing" for a, b in ((names, ids.keys()), (ids.keys(), names)))
-        raise data.DataError(f"checkpoint and data are of other classes: only the checkpoint knows {ours}; only the data knows {theirs} (the first "
-                             "5); choose the data that it was trained for, or train on this")
-    return [ids[name] for name in classes["names"]]
+def _category_ids(classes: dict, dataset) -> list[int | None]:
+    """The data's category id of each of the model's labels, found by name: the order may differ. None: the data has no such class."""
+    ids = dict(zip(dataset.class_names, dataset.category_ids, strict=True))
+    if not ids.keys() & set(classes["names"]):
+        ours, theirs = (", ".join(list(names)[:5]) for names in (classes["names"], ids))
+        raise data.DataError(f"checkpoint and data have no class in common: the checkpoint knows {ours} ..., the data {theirs} ...; choose the data that "
+                             "it was trained for, or train on this")
+    return [ids.get(name) for name in classes["names"]]
+
+
+def _missing(classes: dict, dataset) -> str:
+    """The classes that only the checkpoint or only the data knows, in words; empty when there are none."""
+    ours, theirs = (set(names) for names in (classes["names"], dataset.class_names))
+    sides = {"only the checkpoint knows": sorted(ours - theirs), "only the data knows": sorted(theirs - ours)}
+    return "; ".join(f"{who} {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}" for who, names in sides.items() if names)
 
 
 @contextlib.contextmanager
@@ -203,8 +212,13 @@ def _detect(model, images: torch.Tensor, targets: list, sizes: list) -> list:
     return model.postprocess(model(images.to(next(model.parameters()).device, non_blocking=True), valid), valid, sizes)
 
 
-def _entries(result: dict, category_ids: list[int]) -> list[dict]:
-    """One image's result as [{"category_id", "score", "bbox": [x, y, w, h], "segmentation" when there are masks}], ready for json."""
+def _entries(result: dict, category_ids: list[int | None]) -> list[dict]:
+    """One image's result as [{"category_id", "score", "bbox": [x, y, w, h], "segmentation" when there are masks}], ready for json.
+
+    category_ids: of each label; instances of a label without one are left out.
+    """
+    known = torch.tensor([i is not None for i in category_ids], device=result["labels"].device)[result["labels"]]
+    result = {key: result[key][known] for key in ("scores", "labels", "boxes", "masks") if key in result}
     boxes = box_convert(result["boxes"].cpu().double(), "xyxy", "xywh").tolist()
     rows = zip(result["labels"].tolist(), result["scores"].tolist(), boxes, strict=True)
     entries = [{"category_id": category_ids[k], "score": round(score, 6), "bbox": [round(v, 3) for v in box]} for k, score, box in rows]
@@ -322,7 +336,7 @@ def _pair(dataset, index: int, model, threshold: float, side: int) -> list[Image
     result = _detect(model, *data.collate([(image, target)]), [target["size"]])[0]
     keep = result["scores"] >= threshold
     result = {key: value[keep] for key, value in result.items()}
-    names, (H, W) = model.classes["names"], target["size"]
+    names, (H, W) = list(dict.fromkeys([*model.classes["names"], *dataset.class_names])), target["size"]
     labels = [names.index(dataset.class_names[k]) for k in target["labels"].tolist()]
     boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor([W, H, W, H])
     truth = overlay(image, labels, None, boxes, target["masks"].bool() if "masks" in result else None, names, side)
@@ -518,9 +532,9 @@ def choose_device(name: str | None = None) -> torch.device:
 
 # ----------------------------------------------------------------------------------------------------------- command line
 ACTIONS = {"data": str, "out": str, "images": str, "threshold": float, "val_json": str, "val_images": str, "per_class": bool,
-           "batch_size": int, "device": str}
+           "batch_size": int, "device": str, "save_official": str}
 DEFAULTS = dict.fromkeys(ACTIONS) | {"threshold": 0.3, "per_class": False, "batch_size": 1}
-OVERRIDES = ("max_images", "test_short", "test_long", "detections", "workers")                # what of Config may change at evaluation
+OVERRIDES = ("max_images", "test_short", "test_long", "detections", "workers", "object_threshold", "overlap_threshold", "temperature", "box_init", "queries")
 
 
 def _parse(argv: list[str]) -> tuple[str, dict, dict]:
@@ -534,8 +548,9 @@ def _parse(argv: list[str]) -> tuple[str, dict, dict]:
         raise maskdino.ConfigError(f"--{fixed[0]} comes from the checkpoint; at evaluation there are --{', --'.join(OVERRIDES)}")
     if not 0 <= actions["threshold"] <= 1:
         raise maskdino.ConfigError(f"--threshold={actions['threshold']:g}: a score is between 0 and 1")
-    if bool(actions["images"]) == bool(actions["data"] or actions["val_json"]) or actions["images"] and not actions["out"]:
-        raise maskdino.ConfigError("give either --data=DIR (AP on its validation split) or --images=PATH --out=DIR (own pictures)")
+    wanted = [actions["images"], actions["data"] or actions["val_json"], actions["save_official"]]
+    if sum(map(bool, wanted)) != 1 or actions["images"] and not actions["out"]:
+        raise maskdino.ConfigError("give --data=DIR (AP on its validation split), --images=PATH --out=DIR (own pictures) or --save_official=PATH")
     return words[0], actions, overrides
 
 
@@ -544,9 +559,13 @@ def _evaluate_data(model, checkpoint: Path, actions: dict, max_images: int, worl
     json_path, images = data.find_coco(actions["data"] or ".", "val", actions["val_json"], actions["val_images"])
     if world.first:
         print(f"annotations {json_path}, images {images}")
+    if model.config.task == "semantic":
+        raise maskdino.ConfigError(f"{checkpoint} is a semantic model, and mIoU is not computed here yet: --images=PATH --out=DIR draws its predictions")
     config, out = model.config, Path(actions["out"] or checkpoint.parent)
     transform = partial(resize_for_test, short=config.test_short, long=config.test_long)
     dataset = data.CocoDataset(json_path, images, transform, max_images=max_images, boxes_only=not config.masks)
+    if world.first and (missing := _missing(model.classes, dataset)):
+        print(f"classes are matched by name; {missing}")
     start = time.perf_counter()
     metrics = evaluate(model, dataset, out, batch_size=actions["batch_size"], workers=config.workers, per_class=actions["per_class"])
     if not world.first:
@@ -571,7 +590,10 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint, actions, overrides = _parse(argv)
         world = start_world(actions["device"])
         model, _ = maskdino.load(checkpoint, world.device, **overrides)
-        if actions["images"]:
+        if actions["save_official"]:
+            maskdino.save(actions["save_official"], {"model": maskdino.to_official(model)})
+            print(f"{actions['save_official']}: the weights under the released code's names")
+        elif actions["images"]:
             predictions = predict_folder(model, actions["images"], actions["out"], actions["threshold"])
             print(f"{len(predictions)} objects; overlays and predictions.json are in {actions['out']}")
         else:

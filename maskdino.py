@@ -25,8 +25,10 @@ import os
 import pickle
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 from urllib.error import URLError
@@ -39,6 +41,7 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
 from torchvision.ops import FrozenBatchNorm2d, box_convert, sigmoid_focal_loss
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -133,6 +136,10 @@ class Config:
             raise ConfigError(f"--decoder_levels={self.decoder_levels}: there are {len(self.levels)} levels")
         if self.hidden % 32 or self.hidden % self.heads:
             raise ConfigError(f"--hidden={self.hidden}: must be a multiple of 32 (group norm) and of --heads={self.heads}")
+        if self.backbone.startswith("swin") and (32 not in self.levels or not self.masks and 4 not in self.levels):
+            raise ConfigError(f"--backbone={self.backbone} needs all its four maps: --levels=4,8,16,32")        # unused ones would get no gradient
+        if self.task == "panoptic" and self.class_loss == "ce":
+            raise ConfigError("--task=panoptic goes with --class_loss=focal: its thresholds are for independent class probabilities")
         if not self.masks and (self.box_init != "token" or self.denoising == "mask" or self.matching != "box"):
             raise ConfigError("--task=detection has no masks: add --box_init=token --denoising=box --matching=box")
 
@@ -231,7 +238,7 @@ def parse_overrides(argv: Sequence[str], actions: dict[str, type]) -> tuple[list
 RESNET_BLOCKS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
 
-class Backbone(nn.Module):
+class ResNet(nn.Module):
     """torchvision's ResNet without its classifier: (B, 3, H, W) -> maps of strides 4, 8, 16, 32, as far as `levels` needs them."""
 
     def __init__(self, config: Config) -> None:
@@ -255,12 +262,81 @@ class Backbone(nn.Module):
         return [x := getattr(body, stage)(x) for stage in self.stages]
 
 
-def load_backbone_weights(backbone: Backbone, config: Config) -> None:
-    """`config.backbone_weights`: none, imagenet (torchvision's IMAGENET1K_V1, cached in TORCH_HOME) or a file in torchvision's names.
+SWINS = {                                                               # torchvision's, and the large one of the released models
+    "swin_t": dict(width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), window=7, stochastic_depth=0.2),
+    "swin_s": dict(width=96, depths=(2, 2, 18, 2), heads=(3, 6, 12, 24), window=7, stochastic_depth=0.3),
+    "swin_b": dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=7, stochastic_depth=0.5),
+    "swin_l": dict(width=192, depths=(2, 2, 18, 2), heads=(6, 12, 24, 48), window=12, stochastic_depth=0.3),
+}
+
+
+def windows(x: Tensor, n: int) -> Tensor:
+    """A map (B, H, W, ...), H and W multiples of n, cut into V windows of n x n cells -> (B, V, n * n, ...)."""
+    return x.unflatten(2, (-1, n)).unflatten(1, (-1, n)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+class WindowAttention(ShiftedWindowAttention):
+    """Self-attention within windows of a map, which every other block shifts by half a window: (B, H, W, C) -> the same.
+
+    The parameters are torchvision's. Its forward does not shift a map that fits into one window; the released detectors do, so it is written anew.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        cells = self.window_size[0] ** 2
+        self.relative_position_index = self.relative_position_index.view(cells, cells)      # as in released checkpoints; torchvision keeps it flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        (B, H, W, C), M, n, shift = x.shape, self.num_heads, self.window_size[0], self.shift_size[0]
+        x = F.pad(x, (0, 0, 0, -W % n, 0, -H % n)).roll((-shift, -shift), (1, 2))           # whole windows
+        h, w = x.shape[1:3]
+        q, k, v = windows(self.qkv(x), n).unflatten(-1, (3, M, -1)).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)                 # (B, V * M, n * n, C / M) each
+        # What came round to the far side by the shift is no neighbour of what was there before. -100 keeps them apart, as released.
+        bottom, right = (torch.arange(size, device=x.device) >= size - shift for size in (h, w))
+        region = windows((2 * bottom[:, None] + right)[None], n)                                                            # (1, V, n * n)
+        same = (region[..., None] == region[..., None, :]).transpose(0, 1)                                                  # (V, 1, n * n, n * n)
+        bias = self.get_relative_position_bias()                                                                            # (1, M, n * n, n * n)
+        bias = torch.where(same, bias, bias - 100).flatten(0, 1)[None]                      # windows count as heads, so that images can share them
+        x = F.scaled_dot_product_attention(q, k, v, bias)
+        x = x.view(B, h // n, w // n, M, n, n, -1).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, h, w, C)                         # back to a map
+        return self.proj(x.roll((shift, shift), (1, 2))[:, :H, :W])
+
+
+class Swin(nn.Module):
+    """torchvision's Swin transformer without its classifier, a norm on each map: (B, 3, H, W) -> maps (B, C_i, H / s, W / s) of strides s = 4, 8, 16, 32.
+
+    Any size will do; what is missing to whole cells and windows is padded with zeros, so sizes are rounded up.
+    """
+
+    def __init__(self, width: int, depths: Sequence[int], heads: Sequence[int], window: int, stochastic_depth: float) -> None:
+        super().__init__()
+        block = partial(SwinTransformerBlock, attn_layer=WindowAttention)
+        self.body = SwinTransformer([4, 4], width, depths, heads, [window, window], stochastic_depth_prob=stochastic_depth, block=block).features
+        self.channels = [width * 2 ** i for i in range(4)]
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = F.pad(images, (0, -images.shape[-1] % 4, 0, -images.shape[-2] % 4))
+        maps = []
+        for shrink, blocks, norm in zip(self.body[0::2], self.body[1::2], self.norms, strict=True):
+            x = blocks(shrink(x))                                       # (B, H / s, W / s, C_i)
+            maps.append(norm(x).permute(0, 3, 1, 2))
+        return maps
+
+
+def make_backbone(config: Config) -> nn.Module:
+    """Images (B, 3, H, W), normalised -> maps of strides 4, 8, 16, 32; `channels` are theirs."""
+    return Swin(**SWINS[config.backbone]) if config.backbone in SWINS else ResNet(config)
+
+
+def load_backbone_weights(backbone: nn.Module, config: Config) -> None:
+    """`config.backbone_weights`: none, imagenet (torchvision's IMAGENET1K_V1, cached in TORCH_HOME) or a file in torchvision's names (of a Swin, in
+    Microsoft's, too).
 
     Raises ConfigError when they cannot be had or do not fit.
     """
-    source = config.backbone_weights
+    source, swin = config.backbone_weights, config.backbone in SWINS
+    scratch = "--backbone_weights=none" + " --backbone_norm=group" * (not swin)
     if source == "none":
         return
     if source == "imagenet":
@@ -268,12 +344,14 @@ def load_backbone_weights(backbone: Backbone, config: Config) -> None:
             state = torchvision.models.get_model_weights(config.backbone)["IMAGENET1K_V1"].get_state_dict(progress=True)
         except (URLError, ConnectionError, TimeoutError) as error:
             raise ConfigError(f"torchvision's ImageNet weights of {config.backbone} could not be downloaded ({error}): connect once, put the file into "
-                              "$TORCH_HOME/hub/checkpoints, give --backbone_weights=PATH, or train from scratch with "
-                              "--backbone_weights=none --backbone_norm=group") from None
+                              f"$TORCH_HOME/hub/checkpoints, give --backbone_weights=PATH, or train from scratch with {scratch}") from None
         except ValueError:
-            raise ConfigError(f"torchvision has no ImageNet weights for {config.backbone}: add --backbone_weights=none or a path") from None
+            raise ConfigError(f"torchvision has no ImageNet weights for {config.backbone}: give a file with --backbone_weights=PATH (for swin_l Microsoft's "
+                              f"swin_large_patch4_window12_384_22k.pth), or train from scratch with {scratch}") from None
     else:
         state = read_torch_file(Path(source))
+    if swin:
+        return fill(backbone.body, swin_weights(state, backbone.body), f"--backbone_weights={source}")
     unused = {"fc", "layer2", "layer3", "layer4"} - set(backbone.stages)
     fill(backbone.body, {key: value for key, value in state.items() if key.split(".")[0] not in unused}, f"--backbone_weights={source}")
 
@@ -653,7 +731,7 @@ class MaskDINO(nn.Module):
         self.classes: dict | None = None                                                        # set by whoever knows the names
         self.register_buffer("mean", torch.tensor([123.675, 116.28, 103.53])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([58.395, 57.12, 57.375])[:, None, None], persistent=False)
-        self.backbone = Backbone(config)
+        self.backbone = make_backbone(config)
         self.pixel_decoder = PixelDecoder(self.backbone.channels, config)
         self.heads = Heads(config, num_classes)
         self.query_selection = QuerySelection(config)
@@ -699,24 +777,41 @@ class MaskDINO(nn.Module):
         return Output(tuple(images.shape[-2:]), pixels, sets, noised, denoising.groups if T else 0)
 
     def postprocess(self, output: Output, sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]]) -> list[dict]:
-        """The last prediction as detections in pixels of the original images, see `detections_of`."""
-        last = list(output.sets.values())[-1]
-        pixels = [None] * len(sizes) if output.pixels is None else output.pixels
-        return [detections_of(rows(last, b, 0), pixels[b], output.padded, sizes[b], original_sizes[b], self.config.detections) for b in range(len(sizes))]
+        """The last prediction in pixels of the original images, for each what its task gives: the dict of `detections_of`; panoptic: of
+        `panoptic_of`, too, with things alone as detections; semantic: {"semantic": (H, W) class}."""
+        config, last, found = self.config, list(output.sets.values())[-1], []
+        is_thing = torch.tensor(self.classes["is_thing"] if self.classes else [True] * self.num_classes, device=last.logits.device)
+        for b, (size, original) in enumerate(zip(sizes, original_sizes, strict=True)):
+            p, frame = rows(last, b, 0), Frame(output.padded, size, original)
+            pixels = None if output.pixels is None else output.pixels[b]
+            if config.task == "semantic":
+                scores = semantic_of(p, pixels, frame, config.temperature, config.class_loss)
+                found.append({"semantic": scores.argmax(0)})
+                continue
+            found.append(detections_of(p, pixels, frame, config.detections, config.class_loss, is_thing if config.task == "panoptic" else None))
+            if config.task == "panoptic":
+                found[-1] |= panoptic_of(p, pixels, frame, is_thing, config.object_threshold, config.overlap_threshold, config.temperature, config.class_loss)
+        return found
 
     @torch.no_grad()
     def predict(self, images: Sequence[np.ndarray | Image.Image | str | os.PathLike], threshold: float = 0.0) -> list[dict]:
-        """Images (RGB arrays (H, W, 3) uint8, PIL images or paths) -> for each the dict of `detections_of`, scores above `threshold`."""
+        """Images (RGB arrays (H, W, 3) uint8, PIL images or paths) -> for each the dict of `postprocess`, detections with scores above `threshold`."""
         results = []
         for image in images:
             image = Image.fromarray(image) if isinstance(image, np.ndarray) else image if isinstance(image, Image.Image) else Image.open(image)
             x = preprocess(image.convert("RGB"), self.config.test_short, self.config.test_long)
             size = tuple(x.shape[-2:])
             batch = F.pad(x, (0, -size[1] % 32, 0, -size[0] % 32))[None].to(self.mean.device)
-            found = self.postprocess(self(batch, [size]), [size], [(image.height, image.width)])[0]
-            keep = found["scores"] > threshold
-            results.append({key: value[keep] for key, value in found.items()})
+            results.append(above(self.postprocess(self(batch, [size]), [size], [(image.height, image.width)])[0], threshold))
         return results
+
+
+def above(result: dict, threshold: float) -> dict:
+    """A result with its detections of scores above `threshold` alone."""
+    if "scores" not in result:
+        return result
+    keep = result["scores"] > threshold
+    return {key: value[keep] if key in ("scores", "labels", "boxes", "masks") else value for key, value in result.items()}
 
 
 def rows(p: Prediction, index: slice | int, dim: int = 1) -> Prediction:
@@ -925,30 +1020,110 @@ def preprocess(image: Image.Image, short: int, long: int) -> Tensor:
     return pil_to_tensor(image.resize((max(1, int(w * scale + 0.5)), max(1, int(h * scale + 0.5))), Image.Resampling.BILINEAR))
 
 
-def detections_of(p: Prediction, pixels: Tensor | None, padded: tuple[int, int], size: tuple[int, int], original: tuple[int, int], count: int) -> dict:
+MASKS_AT_ONCE = 20          # full-size mask logits are most of the memory
+
+
+class Frame(NamedTuple):
+    """Where an image lies in the model's input and how large its result shall be; (height, width) in pixels."""
+    padded: tuple[int, int]         # the batch; the image is its upper left part
+    size: tuple[int, int]           # the image in it
+    original: tuple[int, int]       # the result
+
+
+def class_probabilities(logits: Tensor, class_loss: str, temperature: float = 0.0) -> Tensor:
+    """logits (Q, K), with class_loss "ce" (Q, K + 1) -> (Q, K). A temperature sharpens the independent probabilities of "focal" into shares of 1."""
+    if class_loss == "ce":
+        return logits.float().softmax(-1)[:, :-1]                           # the last column says "no object"
+    probabilities = logits.float().sigmoid()
+    return (probabilities / temperature).softmax(-1) if temperature else probabilities
+
+
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(n, h, w) -> (n, *size), bilinear."""
+    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]      # n as the batch, which may be empty
+
+
+def resized_masks(embeddings: Tensor, pixels: Tensor, frame: Frame) -> Iterator[Tensor]:
+    """Mask logits (MASKS_AT_ONCE or fewer, H, W) in the original size, chunk by chunk: embeddings (n, C), pixels (C, h, w)."""
+    h, w = frame.size
+    for chunk in embeddings.float().split(MASKS_AT_ONCE):
+        masks = torch.einsum("nc,chw->nhw", chunk, pixels.float())
+        yield resize(resize(masks, frame.padded)[:, :h, :w], frame.original)                # no name keeps the padded ones alive
+
+
+def detections_of(p: Prediction, pixels: Tensor | None, frame: Frame, count: int, class_loss: str = "focal", is_thing: Tensor | None = None) -> dict:
     """One image's instances: the best `count` of query x class (a query may appear with several classes), no threshold, no NMS.
 
-    p: logits (Q, K), boxes (Q, 4), embeddings (Q, C). Returns, best first: scores (n,), labels (n,), boxes (n, 4) xyxy in pixels of the original image,
-    not clipped, masks (n, H, W) bool of the original size. Score = class score times the mask's mean probability.
+    p: logits (Q, K or K + 1), boxes (Q, 4), embeddings (Q, C). is_thing (K,) bool: of these `count`, only things stay (panoptic models).
+    Returns, best first: scores (n,), labels (n,), boxes (n, 4) xyxy in pixels of the original image, not clipped, and, unless the model has no masks,
+    masks (n, H, W) bool of the original size. Score = class score times the mask's mean probability.
     """
-    scores, best = p.logits.float().sigmoid().flatten().topk(min(count, p.logits.numel()))
-    K = p.logits.shape[-1]
+    scores = class_probabilities(p.logits, class_loss)
+    K = scores.shape[1]
+    scores, best = scores.flatten().topk(min(count, scores.numel()))
     query, labels = best // K, best % K
-    scale = torch.tensor([padded[1] * original[1] / size[1], padded[0] * original[0] / size[0]] * 2, device=p.boxes.device)
+    if is_thing is not None:
+        scores, query, labels = (t[is_thing[labels]] for t in (scores, query, labels))
+    (H, W), (h, w), original = frame.padded, frame.size, frame.original
+    scale = torch.tensor([W * original[1] / w, H * original[0] / h] * 2, device=p.boxes.device)
     boxes = box_convert(p.boxes[query].float(), "cxcywh", "xyxy") * scale
     if p.embeddings is None:
         return {"scores": scores, "labels": labels, "boxes": boxes}
     unique, where = query.unique(return_inverse=True)
     masks, quality = [], []
-    for chunk in unique.split(20):                                          # a few at a time: full-size logits are most of the memory
-        x = torch.einsum("qc,chw->qhw", p.embeddings[chunk].float(), pixels.float())[None]
-        x = F.interpolate(x, size=padded, mode="bilinear", align_corners=False)[..., :size[0], :size[1]]
-        x = F.interpolate(x, size=original, mode="bilinear", align_corners=False)[0]
+    for x in resized_masks(p.embeddings[unique], pixels, frame):
         inside = x > 0
         masks.append(inside)
         quality.append((x.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6))
     scores, order = (scores * torch.cat(quality)[where]).sort(descending=True, stable=True)
     return {"scores": scores, "labels": labels[order], "boxes": boxes[order], "masks": torch.cat(masks)[where[order]]}
+
+
+def panoptic_of(p: Prediction, pixels: Tensor, frame: Frame, is_thing: Tensor, object_threshold: float = 0.25, overlap_threshold: float = 0.8,
+                temperature: float = 0.06, class_loss: str = "focal") -> dict:
+    """One image's pixels, each in one segment or in none (MaskFormer, arXiv 2107.06278, section 3.4).
+
+    Queries whose best class has more than `object_threshold` compete for every pixel with class score times mask probability. Whoever wins too
+    little of its own mask (`overlap_threshold`) is dropped. p: logits (Q, K or K + 1), embeddings (Q, C); is_thing (K,) bool.
+    Returns panoptic (H, W) int32, segment ids from 1 on, 0 where there is none, and segments [{"id", "label": class, "isthing", "score": the query's
+    best class probability}]. temperature 0: no sharpening.
+    """
+    best = class_probabilities(p.logits, class_loss).amax(-1)                                   # (Q,)
+    kept = (best > object_threshold).nonzero()[:, 0]                                            # (n,)
+    scores, labels = class_probabilities(p.logits[kept], class_loss, temperature).max(-1)
+    winner = torch.full(frame.original, len(kept), device=kept.device)                          # (H, W) int64; n is nobody
+    highest, inside = torch.full_like(winner, -1, dtype=torch.float32), torch.zeros_like(winner, dtype=torch.bool)
+    full = [0] * len(kept)
+    for k, mask in enumerate(chain.from_iterable(resized_masks(p.embeddings[kept], pixels, frame))):        # a running maximum: no stack of full-size masks
+        mask = mask.sigmoid()
+        better = scores[k] * mask > highest
+        highest, winner = torch.where(better, scores[k] * mask, highest), torch.where(better, k, winner)
+        inside = torch.where(better, mask >= 0.5, inside)                                       # does the pixel belong to its winner's own mask?
+        full[k] = (mask >= 0.5).sum().item()
+    won, drawn = (pixel.bincount(minlength=len(kept) + 1).tolist() for pixel in (winner.flatten(), winner[inside]))
+    things, best, ids, segments = is_thing.tolist(), best[kept].tolist(), [0] * (len(kept) + 1), {}
+    for k, label in enumerate(labels.tolist()):
+        if drawn[k] and won[k] / full[k] >= overlap_threshold:
+            key = (label, k) if things[label] else label                                        # stuff of one class shares a segment
+            segment = segments.setdefault(key, {"id": len(segments) + 1, "label": label, "isthing": things[label], "score": 0.0})
+            segment["score"] = max(segment["score"], best[k])
+            ids[k] = segment["id"]
+    return {"panoptic": torch.tensor(ids, dtype=torch.int32, device=kept.device)[winner] * inside, "segments": list(segments.values())}
+
+
+def semantic_of(p: Prediction, pixels: Tensor, frame: Frame, temperature: float = 0.06, class_loss: str = "focal", resize_first: bool = False) -> Tensor:
+    """Class scores (K, H, W) of one image's pixels: every query's class probabilities times its mask's (MaskFormer, arXiv 2107.06278, section 3.4).
+
+    p: logits (Q, K or K + 1), embeddings (Q, C). Models for semantic segmentation alone resize the class maps to the original size, others the mask
+    logits (resize_first), as released. Large: 150 classes of 1024 x 2048 pixels are 1.2 GB, and twice that while class maps are resized.
+    """
+    weights = class_probabilities(p.logits, class_loss, temperature)                            # (Q, K)
+    inner = frame if resize_first else frame._replace(original=frame.size)
+    maps = weights.new_zeros(weights.shape[1], math.prod(inner.original))                       # (K, H * W)
+    for part, masks in zip(weights.split(MASKS_AT_ONCE), resized_masks(p.embeddings, pixels, inner), strict=True):
+        maps.addmm_(part.T, masks.sigmoid().flatten(1))                                         # in place, not one K x H x W more
+    maps = maps.view(-1, *inner.original)
+    return maps if resize_first else resize(maps, frame.original)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -998,9 +1173,9 @@ def read_checkpoint(path: str | os.PathLike, **overrides) -> tuple[dict, Config]
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
-    """load_state_dict that says in a sentence what does not fit (ConfigError). Counters of batch norms may be there or not."""
+    """load_state_dict that says in a sentence what does not fit (ConfigError). Counters of batch norms and constants may be there or not."""
     own = module.state_dict()
-    counter = "num_batches_tracked"
+    counter = ("num_batches_tracked", "relative_position_index")
     if extra := sorted(key for key in state.keys() - own.keys() if not key.endswith(counter)):
         raise ConfigError(f"{source}: {len(extra)} tensors have no place in this model, for example '{extra[0]}'")
     if missing := sorted(key for key in own.keys() - state.keys() if not key.endswith(counter)):
@@ -1053,6 +1228,10 @@ OFFICIAL = [                                                            # our na
     (r"^backbone\.body\.(bn1|conv1)\.", lambda m: "backbone.stem.conv1." + "norm." * (m[1] == "bn1")),
     (r"^backbone\.body\.layer(\d)\.", lambda m: f"backbone.res{int(m[1]) + 1}."), (r"(?<=\d\.)bn(\d)\.", r"conv\1.norm."),
     (r"\.downsample\.0\.", ".shortcut."), (r"\.downsample\.1\.", ".shortcut.norm."),
+    (r"^backbone\.body\.0\.0\.", "backbone.patch_embed.proj."), (r"^backbone\.body\.0\.2\.", "backbone.patch_embed.norm."),                 # Swin
+    (r"^backbone\.body\.([1357])\.", lambda m: f"backbone.layers.{int(m[1]) // 2}.blocks."),
+    (r"^backbone\.body\.([246])\.", lambda m: f"backbone.layers.{int(m[1]) // 2 - 1}.downsample."),
+    (r"\.mlp\.0\.", ".mlp.fc1."), (r"\.mlp\.3\.", ".mlp.fc2."), (r"^backbone\.norms\.", "backbone.norm"),
     (r"^pixel_decoder\.layers\.", "pixel_decoder.transformer.encoder.layers."), (r"^pixel_decoder\.level_embed", "pixel_decoder.transformer.level_embed"),
     (r"\.pixel_embed\.", ".mask_features."), (r"\.lateral\.0\.", ".adapter_1."), (r"\.lateral\.1\.", ".adapter_1.norm."),
     (r"\.smooth\.0\.", ".layer_1."), (r"\.smooth\.1\.", ".layer_1.norm."), (r"\.ffn\.0\.", ".linear1."), (r"\.ffn\.2\.", ".linear2."),
@@ -1110,6 +1289,8 @@ def from_official(state: dict[str, Tensor], model: MaskDINO, source: object) -> 
     """
     left, ours, config = dict(state), {}, model.config
     for name, own in model.state_dict().items():
+        if name.endswith("relative_position_index"):                    # a constant of Swin's
+            continue
         official, *aliases = official_names(name, config)
         if official not in left:
             raise ConfigError(f"{source}: '{official}' is missing; the file is damaged or of another version: download it again")
@@ -1163,7 +1344,7 @@ def official_config(state: dict[str, Tensor], source: object, **overrides) -> Co
         "task": {80: "instance", 133: "panoptic", 150: "semantic", 19: "semantic"}.get(labels, "instance")}
     if learned in state:
         facts["queries"] = shape(learned)[0]
-    told = ("task", "backbone", "enc_ffn", "two_stage", "class_loss")                   # enough to tell the released models apart, but for two
+    told = ("task", "backbone", "backbone_norm", "enc_ffn", "two_stage", "class_loss")  # enough to tell the released models apart, but for two
     rows = {name: row for name, row in PRESETS.items() if "released" in row and all(getattr(preset(name), key) == facts[key] for key in told)}
     name = next((name for name, row in rows.items() if row["released"] in str(source)), next(iter(rows), "coco_instance_r50_50ep"))
     config = dataclasses.replace(preset(name), **facts)
@@ -1197,6 +1378,22 @@ def family(state: dict) -> str:
     return next((name for name, mark in marks.items() if any(mark in key for key in state)), "unknown")
 
 
+def swin_weights(content: dict, body: nn.Module) -> dict[str, Tensor]:
+    """A Swin classifier's weights, torchvision's or Microsoft's ({"model": ...}) -> those of `body`, under its names. The norms of the maps start fresh.
+
+    The classifier (final norm and head) and Microsoft's attention masks are left out; other names that `body` lacks stay in, for `fill` to complain about.
+    """
+    names = {}                                                          # Microsoft's -> ours
+    for name in body.state_dict():
+        theirs = f"backbone.body.{name}"
+        for pattern, new in OFFICIAL:
+            theirs = re.sub(pattern, new, theirs)
+        names[theirs.removeprefix("backbone.")] = name
+    state = {names.get(key, key.removeprefix("features.")): x for key, x in content.get("model", content).items()
+             if not key.startswith(("norm.", "head.")) and not key.endswith(".attn_mask")}
+    return {key: x.view(math.isqrt(x.numel()), -1) if key.endswith(".relative_position_index") else x for key, x in state.items()}
+
+
 DINO = [                                                                # our name -> that of DINO's detection checkpoints
     (r"^backbone\.body\.", "backbone.0.body."), (r"^pixel_decoder\.layers\.", "transformer.encoder.layers."),
     (r"^pixel_decoder\.input_proj\.", "input_proj."), (r"^pixel_decoder\.level_embed", "transformer.level_embed"),
@@ -1209,49 +1406,58 @@ DINO = [                                                                # our na
 ]
 
 
-def from_dino(state: dict[str, Tensor], model: MaskDINO) -> tuple[dict[str, Tensor], dict]:
-    """What a DINO detection checkpoint (arXiv 2203.03605) has for this model, under our names, and its classes: COCO's 80, found by their ids.
+CLASS_ROWS = ("heads.class_head.", "label_embed.")                      # tensors with a row for each class
 
-    Its heads for encoder tokens are not used: here encoder and decoder share one set of heads.
+
+def from_dino(state: dict[str, Tensor], model: MaskDINO, category_ids: list[int]) -> dict[str, Tensor]:
+    """What a DINO detection checkpoint (arXiv 2203.03605) has for this model, under our names; class rows for the given COCO ids.
+
+    Its heads for encoder tokens are not used: here encoder and decoder share one set of heads. Nor are its 900 learned queries.
     """
-    classes, ours = class_list(80), {}
+    ours = {}
     for name in model.state_dict():
         theirs = name
         for pattern, new in DINO:
             theirs = re.sub(pattern, new, theirs)
         if theirs in state:
-            ours[name] = state[theirs][classes["category_ids"]] if name.startswith(CLASS_ROWS) else state[theirs]
-    return ours, classes
+            ours[name] = state[theirs][category_ids] if name.startswith(CLASS_ROWS) else state[theirs]
+    return ours
 
 
-CLASS_ROWS = ("heads.class_head.", "label_embed.")                      # tensors with a row for each class
+class Start(NamedTuple):
+    """What fine-tuning starts from."""
+    weights: dict[str, Tensor]      # under our names; DINO's under its own
+    config: Config | None           # None: DINO's, which go with any preset of their levels and widths
+    classes: dict
+    source: str
 
 
-def start_from(model: MaskDINO, path: str | os.PathLike) -> str:
-    """Fine-tuning: fills a fresh model from a checkpoint of ours, a released one or a detection checkpoint of DINO.
+def read_start(path: str, **overrides) -> Start:
+    """A checkpoint of ours, a released one or a detection checkpoint of DINO."""
+    content = read_torch_file(Path(path))
+    if OWN - content.keys() and family(state := weights_in(content, path)) == "DINO":
+        return Start(state, None, class_list(80), path)
+    return Start(*read_weights(path, **overrides), path)
 
-    Class head and label embedding take over the rows of classes of the same name. Tensors that the checkpoint lacks stay as they are.
+
+def start_from(model: MaskDINO, start: Start) -> str:
+    """Fills a fresh model; tensors that the checkpoint lacks stay as they are. Class head and label embedding get the rows of classes of the same name.
+
     Returns what happened, in words. Raises ConfigError for tensors of another shape.
     """
-    content = read_torch_file(Path(path))
-    state = weights_in(content, path)
-    if family(state) == "DINO":
-        state, classes = from_dino(state, model)
-    else:
-        state, _, classes = read_weights(path)
-    own, names, rows = model.state_dict(), model.classes["names"], {name: i for i, name in enumerate(classes["names"])}
+    state = start.weights if start.config else from_dino(start.weights, model, start.classes["category_ids"])
+    own, names, rows = model.state_dict(), model.classes["names"], {name: i for i, name in enumerate(start.classes["names"])}
     common = [name for name in names if name in rows]
-    for key in own.keys() & state.keys():
-        x = state[key]
+    carried = own.keys() & state.keys()
+    for key in carried:
         if key.startswith(CLASS_ROWS):
-            x = own[key].clone()
-            for name in common:
-                x[names.index(name)] = state[key][rows[name]]
-        if x.shape != own[key].shape:
-            raise ConfigError(f"{path}: '{key}' has shape {tuple(x.shape)}, this model needs {tuple(own[key].shape)}: choose the preset that it was made with")
-        own[key] = x
-    model.load_state_dict(own)
-    parts = [sorted({".".join(key.split(".")[:2]) for key in keys}) for keys in (own.keys() & state.keys(), own.keys() - state.keys())]
-    matched = f"{len(common)} of {len(names)} classes by name" + (f" ({', '.join(common[:8])}{' ...' if len(common) > 8 else ''})" if common else "")
-    return (f"started from {path}\n  carried over: {', '.join(parts[0])}; in class head and label embedding {matched}\n"
-            f"  fresh: {', '.join(parts[1]) or 'nothing else'}")
+            own[key][[names.index(name) for name in common]] = state[key][[rows[name] for name in common]]
+        elif state[key].shape == own[key].shape:
+            own[key].copy_(state[key])
+        else:
+            raise ConfigError(f"{start.source}: '{key}' has shape {tuple(state[key].shape)}, this model needs {tuple(own[key].shape)}: choose the preset "
+                              "that it was made with")
+    rooms = [sorted({".".join(key.split(".")[:2]) for key in keys}) for keys in (carried, own.keys() - carried)]
+    listed = f" ({', '.join(common[:8])}{' ...' if len(common) > 8 else ''})" if common else ""
+    return (f"started from {start.source}\n  carried over: {', '.join(rooms[0])}\n  fresh: {', '.join(rooms[1]) or 'nothing'}\n"
+            f"  rows of class head and label embedding: {len(common)} of {len(names)} classes matched by name{listed}")

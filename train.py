@@ -6,7 +6,8 @@
     python train.py coco_instance_r50_12ep --data=/data/mine --epochs=20 --total_batch=4 --accumulate=2 --image_size=512
 
 Every field of `maskdino.Config` is a flag. Beside them: --data=DIR or --{train,val}_{json,images}=PATH, --out=DIR (runs/PRESET), --epochs=N (instead of
-iterations; learning rate drops at the same fractions), --resume (goes on from the run's checkpoint if there is one, else starts), --overwrite, --device.
+iterations; learning rate drops at the same fractions), --resume (goes on from the run's checkpoint if there is one, else starts), --overwrite, --device,
+--finetune=CKPT (a checkpoint of ours, a released one, or a detection checkpoint of DINO: starts from its weights, classes matched by name).
 
 A run leaves config.json, log.jsonl, checkpoint.pth, result.json, results_{bbox,segm}.json, predictions.png and curves.png.
 
@@ -22,6 +23,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +45,7 @@ import maskdino
 from evaluate import World, start_world
 from maskdino import Config, ConfigError, Criterion, MaskDINO
 
-ACTIONS = {"help": bool, "list": bool, "data": str, "out": str, "resume": bool, "overwrite": bool, "epochs": float, "device": str,
+ACTIONS = {"help": bool, "list": bool, "data": str, "out": str, "resume": bool, "overwrite": bool, "epochs": float, "device": str, "finetune": str,
            "train_json": str, "train_images": str, "val_json": str, "val_images": str}
 SHAPES = Path("datasets/shapes")                                        # where the generated data set lives
 RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pth", "result.json", "results_bbox.json", "results_segm.json", "predictions.png", "curves.png")
@@ -51,14 +53,15 @@ RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pth", "result.json", "resul
 
 # ---------------------------------------------------------------------------------------------------------------- optimizer
 def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
-    """No weight decay on norms and embeddings; biases and the level vector decay, as released. The backbone learns at lr x backbone_lr."""
+    """No weight decay on norms, embeddings and Swin's position tables; biases and the level vector decay, as released. The backbone learns at
+    lr x backbone_lr."""
     backbone = {id(p) for p in model.backbone.parameters()}
     groups: dict[tuple[float, float], list] = {}
     for module in model.modules():
         free = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.Embedding))
-        for p in module.parameters(recurse=False):
+        for name, p in module.named_parameters(recurse=False):
             lr = config.lr * (config.backbone_lr if id(p) in backbone else 1)
-            groups.setdefault((lr, 0.0 if free else config.weight_decay), []).append(p)
+            groups.setdefault((lr, 0.0 if free or name == "relative_position_bias_table" else config.weight_decay), []).append(p)
     return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
 
@@ -296,10 +299,22 @@ def resume_config(config: Config, checkpoint: Path, overrides: dict, classes: di
         ours, theirs = content["classes"]["names"], classes["names"]
         raise ConfigError(f"{checkpoint} has {len(ours)} classes ({', '.join(ours[:4])} ...), the data {len(theirs)} ({', '.join(theirs[:4])} ...): "
                           "resume with the data it was trained on")
-    changes = {k: getattr(trained, k) for k in maskdino.ARCHITECTURE if getattr(trained, k) != getattr(config, k)}
+    return adopt(config, trained, maskdino.ARCHITECTURE, checkpoint), content
+
+
+def adopt(config: Config, trained: Config, fields: Iterable[str], checkpoint: Path | str) -> Config:
+    """The configuration with a checkpoint's architecture; the differences are printed."""
+    changes = {k: getattr(trained, k) for k in fields if getattr(trained, k) != getattr(config, k)}
     for name, value in changes.items():
         print(f"{checkpoint} was trained with {name}={value}, not {getattr(config, name)}: its value is used")
-    return dataclasses.replace(config, **changes), content
+    return dataclasses.replace(config, **changes)
+
+
+def read_start(config: Config, checkpoint: str, overrides: dict) -> tuple[Config, maskdino.Start]:
+    """For fine-tuning: the checkpoint's architecture, but the preset's task, class loss and denoising; and the checkpoint."""
+    fields = [k for k in maskdino.ARCHITECTURE if k not in ("task", "class_loss", "denoising")]
+    start = maskdino.read_start(checkpoint, **{k: v for k, v in overrides.items() if k in fields})
+    return adopt(config, start.config, fields, checkpoint) if start.config else config, start
 
 
 def check_batch(config: Config, world: World) -> None:
@@ -356,12 +371,18 @@ def run(name: str, overrides: dict, actions: dict, world: World) -> dict:
     if "epochs" in actions:
         config = in_epochs(config, actions["epochs"], len(dataset))
     classes = {"names": dataset.class_names, "category_ids": dataset.category_ids, "is_thing": dataset.is_thing}
-    content = None
+    content = start = None
     if checkpoint:
         config, content = resume_config(config, checkpoint, overrides, classes)
+    elif "finetune" in actions:
+        config, start = read_start(config, actions["finetune"], overrides)
     torch.manual_seed(config.seed)
     model = maskdino.build(config, classes)
-    if content is None:
+    if start:
+        said = maskdino.start_from(model, start)                    # instead of the backbone's ImageNet weights
+        if world.first:
+            print(said)
+    elif content is None:
         maskdino.load_backbone_weights(model.backbone, config)
     state = State.fresh(model.to(world.device), config)
     if content:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch import nn
 
@@ -64,7 +65,7 @@ def head_model(z, monkeypatch):
                     box_init="token" if c["initialize_box_type"] == "no" else c["initialize_box_type"],
                     smallest_proposal="coarse" if c["feature_order"] == "low2high" else "fine", denoising_queries=20, mask_points=256,
                     class_loss="ce" if c["semantic_ce_loss"] else "focal")
-    monkeypatch.setattr(maskdino, "Backbone", Features)
+    monkeypatch.setattr(maskdino, "make_backbone", Features)
     model = MaskDINO(config, 7)
     state = {f"sem_seg_head.{name}": x for name, x in recipe_weights(json.loads(str(z["params"]))).items()}
     model.load_state_dict(maskdino.from_official(state, model, "fixture"))
@@ -290,7 +291,7 @@ def test_golden_giou():
 # ---------------------------------------------------------------------------------------------------------------- the rest of the goldens
 def test_golden_backbone():
     z = golden("backbone_r50")
-    backbone, state = maskdino.Backbone(Config()), recipe_weights(json.loads(str(z["params"])))
+    backbone, state = maskdino.ResNet(Config()), recipe_weights(json.loads(str(z["params"])))
     backbone.load_state_dict({name: state.pop(maskdino.official_names(f"backbone.{name}", Config())[0]) for name in backbone.state_dict()})
     assert not state
     model = MaskDINO(Config(enc_layers=1, dec_layers=1), 2)
@@ -300,17 +301,168 @@ def test_golden_backbone():
         torch.testing.assert_close(f[:, ::8], tensor(z[f"res{i + 2}_sub"]), rtol=0, atol=1e-4)
 
 
-def test_golden_instance_postprocessing():
+def postprocess_case(logits="pred_logits"):
+    """Stored mask logits enter as the pixel map, with unit vectors as embeddings."""
     z = golden("postprocess")
-    p = Prediction(tensor(z["pred_logits"])[0], tensor(z["pred_boxes"])[0], torch.eye(20))
-    padded, size, original = (tuple(z[k].tolist()) for k in ("padded_size", "image_size", "output_size"))
-    found = maskdino.detections_of(p, tensor(z["pred_masks"])[0], padded, size, original, int(z["topk"]))
+    p = Prediction(tensor(z[logits])[0], tensor(z["pred_boxes"])[0], torch.eye(20))
+    is_thing = torch.zeros(10, dtype=torch.bool)
+    is_thing[z["thing_classes"]] = True
+    return z, p, tensor(z["pred_masks"])[0], maskdino.Frame(*(tuple(z[k].tolist()) for k in ("padded_size", "image_size", "output_size"))), is_thing
+
+
+@pytest.mark.parametrize("variant", ["instance", "instance_in_panoptic"])
+def test_golden_instance_postprocessing(variant):
+    z, p, pixels, frame, is_thing = postprocess_case()
+    found = maskdino.detections_of(p, pixels, frame, int(z["topk"]), is_thing=is_thing if variant == "instance_in_panoptic" else None)
     order = np.lexsort((found["labels"], -found["scores"]))              # the fixture breaks ties by class
-    np.testing.assert_allclose(found["scores"][order], z["instance_scores"], atol=1e-5)
-    assert found["labels"][order].tolist() == z["instance_classes"].tolist()
-    np.testing.assert_allclose(found["boxes"][order], z["instance_boxes"], atol=1e-3)
-    wanted = np.unpackbits(z["instance_masks_packed"], axis=1)[:, :original[0] * original[1]].reshape(-1, *original).astype(bool)
+    np.testing.assert_allclose(found["scores"][order], z[f"{variant}_scores"], rtol=0, atol=1e-5)
+    assert found["labels"][order].tolist() == z[f"{variant}_classes"].tolist()
+    kept = is_thing[z["instance_classes"]].numpy() if variant == "instance_in_panoptic" else slice(None)        # its boxes and masks are rows of instance's
+    np.testing.assert_allclose(found["boxes"][order], z["instance_boxes"][kept], rtol=0, atol=1e-3)
+    wanted = np.unpackbits(z["instance_masks_packed"][kept], axis=1)[:, :240 * 300].reshape(-1, 240, 300).astype(bool)
     assert (found["masks"].numpy()[order] != wanted).mean() < 1e-5
+
+
+@pytest.mark.parametrize("variant, settings", [
+    ("transform", {}), ("plain", {"temperature": 0.0}), ("thr08", {"object_threshold": 0.8}), ("ov03", {"overlap_threshold": 0.3}),
+    ("none", {"object_threshold": 0.99})])
+def test_golden_panoptic_postprocessing(variant, settings):
+    z, p, pixels, frame, is_thing = postprocess_case()
+    found = maskdino.panoptic_of(p, pixels, frame, is_thing, **settings)
+    assert found["panoptic"].dtype == torch.int32 and np.array_equal(found["panoptic"], z[f"panoptic_{variant}_seg"])
+    wanted = json.loads(str(z[f"panoptic_{variant}_info"]))
+    assert [(s["id"], s["label"], s["isthing"]) for s in found["segments"]] == [(s["id"], s["category_id"], s["isthing"]) for s in wanted]
+    assert all(settings.get("object_threshold", 0.25) < s["score"] <= 1 for s in found["segments"])
+
+
+@pytest.mark.parametrize("variant, settings", [
+    ("transform", {"resize_first": True}), ("plain", {"resize_first": True, "temperature": 0.0}), ("after_transform", {}),
+    ("ce_before", {"class_loss": "ce", "resize_first": True}), ("ce_after", {"class_loss": "ce"})])
+def test_golden_semantic_postprocessing(variant, settings):
+    z, p, pixels, frame, _ = postprocess_case("pred_logits_ce" if "ce" in variant else "pred_logits")
+    maps = maskdino.semantic_of(p, pixels, frame, **settings)
+    assert (maps.argmax(0).numpy() != z[f"semantic_{variant}_argmax"]).mean() < 1e-4
+    np.testing.assert_allclose(maps[:, ::16, ::16], z[f"semantic_{variant}_sub16"], rtol=0, atol=1e-5)
+
+
+def test_postprocessing_of_one_row_at_a_time(monkeypatch):
+    """Chunks are for memory alone."""
+    z, p, pixels, frame, is_thing = postprocess_case()
+    whole = [maskdino.semantic_of(p, pixels, frame), maskdino.panoptic_of(p, pixels, frame, is_thing)["panoptic"], maskdino.detections_of(p, pixels, frame, 30)["masks"]]
+    monkeypatch.setattr(maskdino, "MASKS_AT_ONCE", 7)
+    parts = [maskdino.semantic_of(p, pixels, frame), maskdino.panoptic_of(p, pixels, frame, is_thing)["panoptic"], maskdino.detections_of(p, pixels, frame, 30)["masks"]]
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
+
+
+def test_stuff_shares_a_segment_and_things_do_not():
+    """Two queries of one class, left and right half of the image."""
+    left = torch.full((4, 8), -9.0)
+    left[:, :4] = 9
+    p = Prediction(torch.tensor([[2.0, -5], [3, -5]]), torch.full((2, 4), 0.5), torch.eye(2))
+    frame = maskdino.Frame((16, 32), (16, 32), (16, 32))
+    shared, apart = (maskdino.panoptic_of(p, torch.stack([left, -left]), frame, torch.tensor([thing, True])) for thing in (False, True))
+    assert shared["panoptic"].unique().tolist() == [1] and apart["panoptic"].unique().tolist() == [1, 2]
+    assert [s["score"] for s in shared["segments"]] == pytest.approx([torch.tensor(3.0).sigmoid().item()])
+    assert [s["id"] for s in apart["segments"]] == [1, 2]
+
+
+def test_postprocessing_with_nothing_to_find():
+    z, p, pixels, frame, _ = postprocess_case()
+    found = maskdino.detections_of(p, pixels, frame, 30, is_thing=torch.zeros(10, dtype=torch.bool))
+    assert found["masks"].shape == (0, 240, 300) and found["boxes"].shape == (0, 4) and len(found["labels"]) == len(found["scores"]) == 0
+    found = maskdino.panoptic_of(p, pixels, frame, torch.ones(10, dtype=torch.bool), object_threshold=1.0)
+    assert found["segments"] == [] and found["panoptic"].shape == (240, 300) and not found["panoptic"].any()
+
+
+def test_boxes_only_of_a_model_without_masks():
+    z, p, *_, frame, is_thing = postprocess_case()
+    found = maskdino.detections_of(p._replace(embeddings=None), None, frame, 30)
+    assert found.keys() == {"scores", "labels", "boxes"} and torch.equal(found["scores"], p.logits.sigmoid().flatten().topk(30).values)
+    assert len(maskdino.detections_of(p._replace(embeddings=None), None, frame, 30, is_thing=is_thing)["labels"]) == 18
+
+
+def official_name(name):
+    return maskdino.official_names(f"backbone.{name}", Config())[0]
+
+
+def golden_swin(window):
+    """The fixture, its small model with the recipe's weights, and those under their official names."""
+    z = golden(f"backbone_swin_w{window}")
+    c = json.loads(str(z["config"]))
+    model = maskdino.Swin(c["embed_dim"], c["depths"], c["num_heads"], c["window_size"], stochastic_depth=0.3).eval()
+    official = {k: tensor(x) for k, x in recipe.make_weights(json.loads(str(z["params"]))).items()}
+    maskdino.fill(model, {name: official[official_name(name)] for name in model.state_dict() if not name.endswith("relative_position_index")}, "fixture")
+    return z, model, official
+
+
+@pytest.mark.parametrize("window", [7, 12])
+def test_golden_swin(window):
+    z, model, _ = golden_swin(window)
+    with torch.no_grad():
+        maps = model(maskdino.build(tiny(), CLASSES).normalise(tensor(z["image"])[None], [z["image"].shape[1:]]))
+    for i, x in enumerate(maps):
+        torch.testing.assert_close(x, tensor(z[f"res{i + 2}"]), rtol=0, atol=1e-5)
+
+
+def test_names_and_shapes_of_the_released_swin():
+    official = {name: shape for name, shape in manifest("swinl_instance_2048")["params"].items() if name.startswith("backbone.")}
+    with torch.device("meta"):
+        model = maskdino.Swin(**maskdino.SWINS["swin_l"])
+    assert sum(p.numel() for p in model.parameters()) == 195_201_204
+    assert {official_name(name): list(x.shape) for name, x in model.state_dict().items()} == official           # indices included
+
+
+@pytest.mark.parametrize("name", ["swin_t", "swin_s", "swin_b"])
+def test_torchvision_swin_has_the_same_tensors(name):
+    with torch.device("meta"):
+        theirs, ours = getattr(torchvision.models, name)(), maskdino.Swin(**maskdino.SWINS[name])
+        weights = maskdino.swin_weights(theirs.state_dict(), ours.body)
+    assert {key: x.shape for key, x in weights.items()} == {key: x.shape for key, x in ours.body.state_dict().items()}
+    depth = lambda m: [b.p for b in m.modules() if isinstance(b, torchvision.ops.StochasticDepth)]  # noqa: E731
+    assert depth(ours) == depth(theirs)
+
+
+def test_torchvision_swin_gives_the_same_maps():
+    """A picture whose every map is larger than a window, where torchvision shifts as we do; 8 x 9 cells in the last map need padding, too."""
+    torch.manual_seed(0)
+    theirs, ours = torchvision.models.swin_t().eval(), maskdino.Swin(**maskdino.SWINS["swin_t"]).eval()
+    for name, p in theirs.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            nn.init.normal_(p)                                           # fresh ones are too small to matter
+    ours.body.load_state_dict(maskdino.swin_weights(theirs.state_dict(), ours.body))
+    ours.norms = nn.ModuleList([nn.Identity()] * 4)
+    x = images = torch.randn(1, 3, 256, 288)
+    with torch.no_grad():
+        maps = ours(images)
+        for i, layer in enumerate(theirs.features):
+            x = layer(x)
+            if i % 2:
+                torch.testing.assert_close(maps[i // 2], x.permute(0, 3, 1, 2), rtol=0, atol=1e-5)
+
+
+def test_microsofts_swin_weights():
+    _, model, official = golden_swin(7)
+    file = {name.removeprefix("backbone."): x for name, x in official.items() if name[:13] != "backbone.norm"}
+    file |= {official_name(f"body.{name}").removeprefix("backbone."): x for name, x in model.body.named_buffers()}
+    assert "layers.0.blocks.1.attn.relative_position_index" in file
+    rest = {"norm.weight": torch.ones(192), "norm.bias": torch.zeros(192), "head.weight": torch.zeros(5, 192), "head.bias": torch.zeros(5),
+            "layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49)}
+    weights, own = maskdino.swin_weights({"model": file | rest}, model.body), model.body.state_dict()
+    assert weights.keys() == own.keys() and all(torch.equal(weights[key], own[key]) for key in own)
+    assert "absolute_pos_embed" in maskdino.swin_weights({"model": file | {"absolute_pos_embed": torch.zeros(1)}}, model.body)      # not dropped in silence
+
+
+def test_swin_takes_any_size_and_any_batch():
+    _, model, _ = golden_swin(7)
+    images = torch.randn(2, 3, 37, 53)
+    maps = model(images)
+    assert [tuple(x.shape[1:]) for x in maps] == [(24, 10, 14), (48, 5, 7), (96, 3, 4), (192, 2, 2)]
+    for together, alone in zip(maps, model(images[1:])):
+        torch.testing.assert_close(together[1:], alone, rtol=0, atol=1e-5)
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        sum(x.float().square().sum() for x in model(images)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name, total, backbone, pixel_decoder", [
@@ -442,6 +594,132 @@ def test_save_load_predict(tmp_path):
     assert len(again.predict([picture], threshold=1.0)[0]["scores"]) == 0
 
 
+# ---------------------------------------------------------------------------------------------------------------- released checkpoints
+RELEASED = {  # manifest: what has to be found out from names and shapes, and the preset that tells the rest
+    "r50_instance_2048": dict(preset="coco_instance_r50_50ep", classes=80, box_init="mask2box", smallest_proposal="coarse", levels=(8, 16, 32, 64)),
+    "r50_instance_hid1024_3s": dict(preset="coco_instance_r50_50ep_hid1024", classes=80, box_init="bitmask", smallest_proposal="fine", enc_ffn=1024),
+    "r50_instance_hid1024_3sd1_variant": dict(preset="coco_instance_r50_50ep_hid1024", classes=80, smallest_proposal="coarse", levels=(8, 16, 32, 64)),
+    "r50_panoptic_2048": dict(preset="coco_panoptic_r50_50ep", classes=133, task="panoptic", box_init="token"),
+    "r50_ade20k_semantic": dict(preset="ade20k_semantic_r50", classes=150, two_stage=False, class_loss="ce", queries=100, test_short=512),
+    "r50_cityscapes_semantic": dict(preset="cityscapes_semantic_r50", classes=19, backbone_norm="batch", two_stage=False, queries=100, test_short=1024),
+    "swinl_instance_2048": dict(preset="coco_instance_swinl_50ep", classes=80, backbone="swin_l", levels=(4, 8, 16, 32, 64), box_init="bitmask"),
+    "swinl_panoptic_2048": dict(preset="coco_panoptic_swinl_50ep", classes=133, backbone="swin_l", task="panoptic"),
+}
+
+
+def manifest(name):
+    return json.loads(str(golden("manifests")[name]))
+
+
+def random_checkpoint(name):
+    """A released checkpoint of random numbers with the manifest's names and shapes; aliases are the same tensors."""
+    state, first = {}, {}
+    for key, shape in manifest(name)["params"].items():
+        if key.endswith(("relative_position_index", "num_batches_tracked")):
+            state[key] = torch.zeros(shape, dtype=torch.int64)
+        elif key.endswith("empty_weight"):
+            state[key] = torch.tensor([1.0] * (shape[0] - 1) + [0.1])
+        else:
+            state[key] = first.setdefault(recipe.canonical(key), torch.rand(shape))
+    return state
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_checkpoint_comes_and_goes(name, tmp_path, capsys):
+    state, wanted = random_checkpoint(name), dict(RELEASED[name])
+    torch.save({"model": state}, tmp_path / "released.pth")
+    model, classes = maskdino.load(tmp_path / "released.pth")
+    assert f"taken from preset {wanted.pop('preset')}:" in capsys.readouterr().out
+    assert len(classes["names"]) == wanted.pop("classes") and "class 0" not in classes["names"]
+    assert {key: getattr(model.config, key) for key in wanted} == wanted
+    assert sum(p.numel() for p in model.parameters()) == manifest(name)["total"]
+    back = maskdino.to_official(model)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], x) for key, x in state.items() if "relative_position_index" not in key)
+
+
+def test_the_file_name_tells_what_shapes_do_not(tmp_path):
+    state = random_checkpoint("r50_instance_2048")
+    assert maskdino.official_config(state, "mask46.3ap_box51.7ap.pth").box_init == "mask2box"
+    assert maskdino.official_config(state, "r50.pth", box_init="token", test_short=640).box_init == "token"
+    with pytest.raises(ConfigError, match="--levels=.* contradicts"):
+        maskdino.official_config(state, "r50.pth", levels=(8, 16, 32))
+    swin = random_checkpoint("swinl_instance_2048")
+    assert maskdino.official_config(swin, "mask52.1ap_box58.3ap.pth").box_init == "token"
+    assert maskdino.official_config(swin, "mask52.3ap_box59.0ap.pth").box_init == "bitmask"
+
+
+def test_levels_of_models_that_count_from_coarse_to_fine():
+    """An extra level comes after the backbone's in the list of projections, yet is the first for the encoder."""
+    model = maskdino.build(tiny(levels=(8, 16, 32, 64), smallest_proposal="fine"), CLASSES)
+    names = [maskdino.official_names(f"pixel_decoder.input_proj.{i}.0.weight", model.config)[0] for i in range(4)]
+    assert names == [f"sem_seg_head.pixel_decoder.input_proj.{i}.0.weight" for i in (2, 1, 0, 3)]
+    state = maskdino.to_official(model)
+    assert torch.equal(state["sem_seg_head.pixel_decoder.transformer.level_embed"].flip(0), model.pixel_decoder.level_embed)
+    again = maskdino.build(model.config, CLASSES)
+    again.load_state_dict(maskdino.from_official(state, again, "round trip"))
+    for name, x in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], x), name
+
+
+def test_released_checkpoints_that_are_not_whole(tmp_path):
+    small = tiny(backbone="resnet18", backbone_norm="frozen", heads=8, levels=(8, 16, 32, 64))
+    state = maskdino.to_official(maskdino.build(small, CLASSES))
+    key, alias = "sem_seg_head.predictor.mask_embed.layers.1.weight", "sem_seg_head.predictor.bbox_embed.1.layers.0.bias"
+    for change, message in [({key: None}, f"'{key}' is missing.*download it again"), ({key: torch.zeros(3, 3)}, f"'{key}' has shape \\(3, 3\\)"),
+                            ({alias: torch.ones(32)}, "should be the same tensor"), ({"sem_seg_head.more": torch.zeros(1)}, "'sem_seg_head.more'"),
+                            ({"backbone.res4.9.conv1.weight": torch.zeros(1)}, "backbone is none of")]:
+        wrong = {name: x for name, x in (state | change).items() if x is not None}
+        torch.save({"model": wrong}, tmp_path / "wrong.pth")
+        with pytest.raises(ConfigError, match=message):
+            maskdino.load(tmp_path / "wrong.pth")
+    for name, kind in [("sem_seg_head.predictor.transformer_cross_attention_layers.0.norm.weight", "Mask2Former"),
+                       ("transformer.enc_out_class_embed.weight", "DINO"), ("sem_seg_head.predictor.time_mlp.1.weight", "DFormer"), ("transformer.decoder.layers.0.norm1.weight", "DETR")]:
+        torch.save({"model": {name: torch.zeros(1)}}, tmp_path / "other.pth")
+        with pytest.raises(ConfigError, match=f"checkpoint of {kind}, not of Mask DINO"):
+            maskdino.load(tmp_path / "other.pth")
+
+
+def test_fine_tuning_with_other_classes(tmp_path):
+    """Rows of classes of the same name come along, in whatever order; everything else as it was; the loss is finite."""
+    old = maskdino.build(tiny(), CLASSES)
+    torch.save({"model": old.state_dict(), "ema": None, "config": dataclasses.asdict(old.config), "classes": CLASSES}, tmp_path / "old.pth")
+    classes = {"names": ["new", "class 5", "class 2"], "category_ids": [7, 8, 9], "is_thing": [True] * 3}
+    model = maskdino.build(tiny(), classes)
+    said = maskdino.start_from(model, maskdino.read_start(tmp_path / "old.pth"))
+    assert "2 of 3 classes matched by name (class 5, class 2)" in said
+    assert torch.equal(model.heads.class_head.weight[[1, 2]], old.heads.class_head.weight[[5, 2]])
+    assert torch.equal(model.label_embed.weight[[1, 2]], old.label_embed.weight[[5, 2]])
+    assert torch.equal(model.decoder.layers[0].ffn[0].weight, old.decoder.layers[0].ffn[0].weight)
+    strangers = maskdino.build(tiny(), {"names": ["x"], "category_ids": [1], "is_thing": [True]})
+    assert "0 of 1 classes" in maskdino.start_from(strangers, maskdino.read_start(tmp_path / "old.pth"))
+    with pytest.raises(ConfigError, match="needs .*: choose the preset"):
+        maskdino.start_from(maskdino.build(tiny(dec_ffn=64), classes), maskdino.read_start(tmp_path / "old.pth"))
+
+
+def test_dino_as_a_start(tmp_path):
+    """DINO's 6 decoder layers become 9, its 91 rows by COCO id the rows of our classes; what is not there stays fresh."""
+    made = manifest("dino_r50_4scale")
+    state = {key: torch.rand(shape) for key, shape in made["params"].items()}
+    for key, others in made["aliases"].items():
+        state |= dict.fromkeys(others, state[key])
+    torch.save({"model": state}, tmp_path / "dino.pth")
+    classes = {"names": ["zebra", "unicorn"], "category_ids": [1, 2], "is_thing": [True] * 2}
+    model = maskdino.build(preset("coco_instance_r50_12ep"), classes)
+    said = maskdino.start_from(model, maskdino.read_start(tmp_path / "dino.pth"))
+    fresh = said.split("fresh: ")[1].split("\n")[0]
+    assert fresh == "heads.mask_head, pixel_decoder.lateral, pixel_decoder.pixel_embed, pixel_decoder.smooth"
+    assert torch.equal(model.heads.class_head.weight[0], state["transformer.decoder.class_embed.5.weight"][24])                     # zebra's COCO id
+    assert torch.equal(model.label_embed.weight[0], state["label_enc.weight"][24])
+    for ours, theirs in ((0, 0), (5, 5), (8, 5)):
+        layer = model.decoder.layers[ours]
+        assert torch.equal(layer.cross_attn.sampling_offsets.weight, state[f"transformer.decoder.layers.{theirs}.cross_attn.sampling_offsets.weight"])
+        assert torch.equal(layer.norm1.weight, state[f"transformer.decoder.layers.{theirs}.norm2.weight"])
+    assert torch.equal(model.backbone.body.layer4[2].conv3.weight, state["backbone.0.body.layer4.2.conv3.weight"])
+    with pytest.raises(ConfigError, match="checkpoint of DINO.*--finetune"):
+        maskdino.load(tmp_path / "dino.pth")
+
+
 def test_files_that_are_no_checkpoints(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         maskdino.load(tmp_path / "none.pth")
@@ -488,13 +766,13 @@ def test_command_line():
 
 
 def test_backbone_weights(tmp_path, monkeypatch):
-    backbone = maskdino.Backbone(tiny())
+    backbone = maskdino.ResNet(tiny())
     torch.save(backbone.body.state_dict() | {"fc.weight": torch.zeros(10, 512), "fc.bias": torch.zeros(10)}, tmp_path / "w.pth")
-    fresh = maskdino.Backbone(tiny())
+    fresh = maskdino.ResNet(tiny())
     maskdino.load_backbone_weights(fresh, tiny(backbone_weights=str(tmp_path / "w.pth")))
     assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), backbone.state_dict().values(), strict=True))
     with pytest.raises(ConfigError, match="tensors are missing, for example 'layer1.1.bn1"):
-        maskdino.load_backbone_weights(maskdino.Backbone(tiny(backbone="resnet18")), tiny(backbone="resnet18", backbone_weights=str(tmp_path / "w.pth")))
+        maskdino.load_backbone_weights(maskdino.ResNet(tiny(backbone="resnet18")), tiny(backbone="resnet18", backbone_weights=str(tmp_path / "w.pth")))
     with pytest.raises(ConfigError, match="no ImageNet weights for resnet10"):
         maskdino.load_backbone_weights(backbone, tiny(backbone_weights="imagenet"))
 
@@ -503,4 +781,4 @@ def test_backbone_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     monkeypatch.setattr(maskdino.torchvision.models._api, "load_state_dict_from_url", offline)
     with pytest.raises(ConfigError, match="--backbone_weights=none"):
-        maskdino.load_backbone_weights(maskdino.Backbone(Config(backbone="resnet50")), Config())
+        maskdino.load_backbone_weights(maskdino.ResNet(Config(backbone="resnet50")), Config())
