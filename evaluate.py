@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader, Subset
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm import tqdm
@@ -334,8 +335,7 @@ def _pair(dataset, index: int, model, threshold: float, side: int) -> list[Image
     """Truth and prediction of one image, drawn."""
     image, target = dataset[index]
     result = _detect(model, *data.collate([(image, target)]), [target["size"]])[0]
-    keep = result["scores"] >= threshold
-    result = {key: value[keep] for key, value in result.items()}
+    result = maskdino.above(result, threshold)
     names, (H, W) = list(dict.fromkeys([*model.classes["names"], *dataset.class_names])), target["size"]
     labels = [names.index(dataset.class_names[k]) for k in target["labels"].tolist()]
     boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor([W, H, W, H])
@@ -446,26 +446,53 @@ def predict_folder(model, images: Path, out: Path, threshold: float = 0.3) -> li
 
     Leaves in `out` an overlay per picture (its stem, or its name where two share a stem; .jpg for JPEG, else .png) and predictions.json: a list of
     {file_name, category_id, category_name, score, bbox [x, y, w, h], segmentation {size, counts}} in pixels of the original image,
-    upright as a viewer shows it. Returns that list. Raises DataError: nothing there, not a picture, `out` is the pictures' own folder.
+    upright as a viewer shows it. Of panoptic models these are things alone, and panoptic.json and panoptic/*.png hold all segments in COCO's format;
+    of semantic ones semantic/*.png hold category ids, and predictions.json the classes seen: {file_name, category_id, category_name, area}.
+    Returns the list. Raises DataError: nothing there, not a picture, `out` is the pictures' own folder.
     """
     files, out = _picture_files(Path(images)), Path(out)
     if out.resolve() == files[0].resolve().parent:
         raise data.DataError(f"--out={out} is the pictures' own folder, where overlays would replace them: choose another")
-    out.mkdir(parents=True, exist_ok=True)
-    names, ids = model.classes["names"], model.classes["category_ids"]
-    predictions, stems = [], Counter(file.stem for file in files)
+    task, names, ids = model.config.task, model.classes["names"], model.classes["category_ids"]
+    (out / task if task in ("panoptic", "semantic") else out).mkdir(parents=True, exist_ok=True)
+    predictions, segments, stems = [], [], Counter(file.stem for file in files)
     for file in tqdm(files, "predict", unit="image", leave=False):
         image = _open_picture(file)
         result = model.predict([image], threshold=threshold)[0]
-        labels = result["labels"].tolist()
-        for label, entry in zip(labels, _entries(result, ids), strict=True):
-            predictions.append({"file_name": file.name, "category_id": ids[label], "category_name": names[label]} | entry)
+        stem = file.stem if stems[file.stem] == 1 else file.name                              # a.png beside a.bmp: a.png.png, a.bmp.png
+        if task == "semantic":
+            seen, areas = result["semantic"].unique(return_counts=True)
+            rows = [(k, {"category_id": ids[k], "area": n}) for k, n in zip(seen.tolist(), areas.tolist(), strict=True)]
+            Image.fromarray(np.array(ids, np.uint8)[result["semantic"].cpu()]).save(out / task / f"{stem}.png")
+        else:
+            rows = list(zip(result["labels"].tolist(), _entries(result, ids), strict=True))
+        if task == "panoptic":
+            segments.append({"image_id": file.stem, "file_name": f"{stem}.png", "segments_info": [
+                {"id": s["id"], "category_id": ids[s["label"]], "isthing": int(s["isthing"]), "score": round(s["score"], 6)} for s in result["segments"]]})
+            number = result["panoptic"].cpu().numpy()
+            Image.fromarray(np.stack([number >> shift & 255 for shift in (0, 8, 16)], -1).astype(np.uint8)).save(out / task / f"{stem}.png")
+        predictions += [{"file_name": file.name, "category_id": row["category_id"], "category_name": names[k]} | row for k, row in rows]
         suffix = ".jpg" if file.suffix.lower() in (".jpg", ".jpeg") else ".png"
-        name = (file.stem if stems[file.stem] == 1 else file.name) + suffix                   # a.png beside a.bmp: a.png.png, a.bmp.png
-        drawn = overlay(pil_to_tensor(image), labels, result["scores"], result["boxes"], result.get("masks"), names)
-        to_pil_image(drawn).save(out / name, quality=92)
+        to_pil_image(overlay(pil_to_tensor(image), *_drawn(result), names)).save(out / f"{stem}{suffix}", quality=92)
     (out / "predictions.json").write_text(json.dumps(predictions, indent=1))
+    if task == "panoptic":
+        categories = [{"id": i, "name": name, "isthing": int(thing)} for i, name, thing in zip(ids, names, model.classes["is_thing"], strict=True)]
+        (out / "panoptic.json").write_text(json.dumps({"annotations": segments, "categories": categories}, indent=1))
     return predictions
+
+
+def _drawn(result: dict) -> tuple[list[int], Any, torch.Tensor, torch.Tensor | None]:
+    """Labels, scores, boxes and masks that an overlay shows: detections, or the regions of a panoptic or semantic map."""
+    if "panoptic" in result:
+        labels, scores = ([s[key] for s in result["segments"]] for key in ("label", "score"))
+        masks = [result["panoptic"] == s["id"] for s in result["segments"]]
+    elif "semantic" in result:
+        labels, scores = result["semantic"].unique().tolist(), None
+        masks = [result["semantic"] == k for k in labels]
+    else:
+        return result["labels"].tolist(), result["scores"], result["boxes"], result.get("masks")
+    masks = torch.stack(masks) if masks else torch.zeros(0, 1, 1, dtype=torch.bool)
+    return labels, scores, masks_to_boxes(masks), masks
 
 
 def _picture_files(images: Path) -> list[Path]:
@@ -550,7 +577,7 @@ def _parse(argv: list[str]) -> tuple[str, dict, dict]:
         raise maskdino.ConfigError(f"--threshold={actions['threshold']:g}: a score is between 0 and 1")
     wanted = [actions["images"], actions["data"] or actions["val_json"], actions["save_official"]]
     if sum(map(bool, wanted)) != 1 or actions["images"] and not actions["out"]:
-        raise maskdino.ConfigError("give --data=DIR (AP on its validation split), --images=PATH --out=DIR (own pictures) or --save_official=PATH")
+        raise maskdino.ConfigError("give one of --data=DIR (AP on its validation split), --images=PATH --out=DIR (own pictures), --save_official=PATH")
     return words[0], actions, overrides
 
 
@@ -595,7 +622,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{actions['save_official']}: the weights under the released code's names")
         elif actions["images"]:
             predictions = predict_folder(model, actions["images"], actions["out"], actions["threshold"])
-            print(f"{len(predictions)} objects; overlays and predictions.json are in {actions['out']}")
+            what = "regions" if model.config.task == "semantic" else "objects"
+            print(f"{len(predictions)} {what}; overlays and predictions.json are in {actions['out']}")
         else:
             _evaluate_data(model, Path(checkpoint), actions, overrides.get("max_images", 0), world)                 # not the training's number
     except (data.DataError, maskdino.ConfigError) as error:

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 from tqdm import tqdm
 
 if __name__ == "__main__" and "--static" not in sys.argv and not torch.cuda.is_available():
@@ -475,6 +476,12 @@ def reference_gradient(spatial_shapes: list[tuple[int, int]], reference_points: 
 forward_op.register_autograd(backward, setup_context=save)
 
 
+@register_flop_formula(torch.ops.maskdino.ms_deform_attn)
+def flops(value: torch.Size, sizes: list[int], reference_points: torch.Size, offsets: torch.Size, attention_logits: torch.Size, **_: Any) -> int:
+    """For PyTorch's FLOP counter: each point adds up 4 corners of D numbers, 8 D FLOPs. Softmax and the corners' weights are not counted."""
+    return 8 * value[-1] * attention_logits.numel()
+
+
 def under_autocast(device: str) -> Callable:
     """Values in autocast's dtype; offsets and logits as they come; references, which 16 bits would spoil, as they are."""
     def rule(value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -533,7 +540,7 @@ def ms_deform_attn(value: Tensor, spatial_shapes: list[tuple[int, int]], referen
     if offsets.shape != (B, Q, M, L, P, 2) or attention_logits.shape != (B, Q, M, L, P) or reference_points.shape not in ((B, Q, 2), (B, Q, 4)):
         raise ValueError(f"value {tuple(value.shape)}, reference_points {tuple(reference_points.shape)}, offsets {tuple(offsets.shape)} and "
                          f"attention_logits {tuple(attention_logits.shape)} do not fit together")
-    if value.device.type not in ("cpu", "cuda"):
+    if value.device.type not in ("cpu", "cuda", "meta"):                                # meta: shapes alone
         return ms_deform_attn_torch(value, spatial_shapes, reference_points, offsets, attention_logits)
     return forward_op(value, [n for shape in spatial_shapes for n in shape], reference_points, offsets, attention_logits)[0]
 

@@ -4,6 +4,8 @@
     model, classes = maskdino.load("runs/shapes/checkpoint.pth")
     predictions = model.predict(["photo.jpg"])         # [{scores, labels, boxes, masks}], in pixels of the photo
 
+    python maskdino.py [PRESET | CHECKPOINT]           # a tour: every room's tensors, parameters and GFLOPs
+
 As DINO (arXiv 2203.03605), except
 - every prediction has a mask: the query's embedding times a pixel embedding map (section 3.4, equation 1);
 - the queries come from encoder tokens that already predict class, box and mask, and their anchors from those masks (section 3.5);
@@ -24,7 +26,9 @@ import math
 import os
 import pickle
 import re
+import sys
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +45,7 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
 from torchvision.ops import FrozenBatchNorm2d, box_convert, sigmoid_focal_loss
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -1461,3 +1466,141 @@ def start_from(model: MaskDINO, start: Start) -> str:
     listed = f" ({', '.join(common[:8])}{' ...' if len(common) > 8 else ''})" if common else ""
     return (f"started from {start.source}\n  carried over: {', '.join(rooms[0])}\n  fresh: {', '.join(rooms[1]) or 'nothing'}\n"
             f"  rows of class head and label embedding: {len(common)} of {len(names)} classes matched by name{listed}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- a tour
+def walk(model: MaskDINO, images: Tensor, size: tuple[int, int]) -> tuple[dict, Counter]:
+    """Sends one image through the model -> what every module (by name; "" is the model) gave out first, and every module's own FLOPs.
+
+    Own: a stack says which module is at work, and what was counted since the last look is its work alone, not that of those who called it.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    at_work, seen, flops, counter = ["masks"], {"masks": None}, Counter(), FlopCounterMode(display=False)
+
+    def look() -> None:
+        flops[at_work[-1]] += counter.get_total_flops() - flops.total()
+
+    def enter(module: nn.Module, _args: tuple) -> None:
+        look()
+        at_work.append(names[module])
+
+    def leave(_module: nn.Module, _args: tuple, out: object) -> None:
+        look()
+        seen.setdefault(at_work.pop(), out)
+
+    for module in names:
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+    with counter:
+        output = model(images, [size])
+        if output.pixels is not None:
+            seen["masks"] = mask_logits(list(output.sets.values())[-1].embeddings, output.pixels)
+        look()
+    return seen, flops
+
+
+def tour(model: MaskDINO, height: int = 800, width: int = 1333) -> str:
+    """Figure 1 as a table, from image to masks: rooms with their parameters and GFLOPs, and in them the tensors with their shapes.
+
+    A twin on the meta device does the walk: its tensors have shapes but no numbers, nothing is computed, and `model` stays as it is. A room's
+    FLOPs are those of its own modules, wherever they are called from. Counted are matrix products, convolutions and both kinds of attention;
+    not norms, activations and sums. Frozen norms have no parameters.
+    """
+    config, K = model.config, model.num_classes
+    with torch.device("meta"):
+        twin = type(model)(config, K).eval().requires_grad_(False)
+        images = torch.empty(1, 3, height + -height % 32, width + -width % 32, dtype=torch.uint8)
+    seen, flops = walk(twin, images, (height, width))
+    parameters = {name: p.numel() for name, p in twin.named_parameters()}
+    memory, shapes, pixels = seen["pixel_decoder"]
+    content, anchors, selection = seen["query_selection"]
+    (state, boxes), sets = seen["decoder"][-1], seen[""].sets
+    last, Q, places = list(sets.values())[-1], content.shape[1], f"{config.heads} heads x {config.attention_points} places on each level, around"
+
+    # Name, tensor, whose parameters and FLOPs (a pattern of names), remark. What a configuration does not have drops out.
+    rows = [
+        ("images", images, None, f"{height} x {width}, padded to multiples of 32"),
+        ("backbone", None, "backbone", config.backbone),
+        *((f"  features[{i}]", x, None, f"stride {4 * 2 ** i}") for i, x in enumerate(seen["backbone"])),
+        ("pixel_decoder", None, "pixel_decoder", "tokens for attention, a map for masks (section 3.4)"),
+        ("  input_proj", None, "pixel_decoder.(input_proj|level_embed)", "one level for each stride of " + ", ".join(map(str, config.levels))),
+        ("  layers: self_attn", None, r"pixel_decoder.layers.\d+.(self_attn|norm1)", f"x {config.enc_layers}: {places} each token"),
+        ("  layers: ffn", None, r"pixel_decoder.layers.\d+.(ffn|norm2)", f"x {config.enc_layers}"),
+        ("  memory", memory, None, "tokens of the levels: " + " + ".join(f"{h} x {w}" for h, w in shapes)),
+        ("  pixels", pixels, "pixel_decoder.(lateral|smooth|pixel_embed)", "pixel embedding map, from features[0] and the finest tokens"),
+        ("query_selection", None, "query_selection", "tokens become queries (section 3.5)" if selection else "learned queries"),
+        ("  logits of tokens", selection and seen["heads.class_head"], None, f"by the class head; the best {Q} are selected"),
+        ("  content", content, None, "what a query is: " + (config.content_queries if selection else "learned")),
+        ("  anchors", anchors, None, "where it looks: " + (f"box_init {config.box_init}" if selection else "learned")),
+        ("label_embed", None, "label_embed", "denoising, in training only (section 3.6)"),
+        *noised(config, K, Q),
+        ("decoder", None, "decoder", f"x {config.dec_layers}; moves the anchors layer by layer"),
+        ("  anchor_embed", None, "decoder.anchor_embed", "anchors as positions"),
+        ("  layers: self_attn", None, r"decoder.layers.\d+.(self_attn|norm1)", "among queries"),
+        ("  layers: cross_attn", None, r"decoder.layers.\d+.(cross_attn|norm2)", f"{places} each anchor"),
+        ("  layers: ffn", None, r"decoder.layers.\d+.(ffn|norm3)", ""),
+        ("  state", state, None, "the queries after a layer"),
+        ("  boxes", boxes, None, "their anchors after it"),
+        ("heads", None, "heads", f"one set of weights for {len(sets)} predictions: {', '.join([*sets][:3])} ... {[*sets][-1]}"),
+        ("  logits", last.logits, "heads.class_head", "of each prediction; for the selection, of all tokens" if selection else "of each prediction"),
+        ("  boxes", last.boxes, "heads.box_head", ""),
+        ("  embeddings", last.embeddings, "heads.mask_head", ""),
+        ("masks", seen["masks"], "masks", "embeddings of the last prediction times pixels (equation 1)")]
+    lines = [("", "shape", "parameters", "GFLOPs", "")]
+    for name, tensor, pattern, remark in rows:
+        own = [sum(n for key, n in counts.items() if pattern and re.match(rf"({pattern})(\.|$)", key)) for counts in (parameters, flops)]
+        if tensor is not None or any(own):
+            lines.append((name, "" if tensor is None else " x ".join(map(str, tensor.shape)), *numbers(*own), remark))
+    rest = sum(n for key, n in parameters.items() if not key.startswith(("backbone.", "pixel_decoder.")))
+    lines.append(("total", "", *numbers(sum(parameters.values()), flops.total()), f"= backbone + pixel_decoder + {rest:,} for the rest"))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines = ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, "<<>><", widths)).rstrip() for line in lines]
+    head = f"{config.task}, {config.backbone}, {K} classes, one image. A multiply-add is two FLOPs, as PyTorch counts; papers often count one."
+    return "\n".join([head, *lines])
+
+
+def noised(config: Config, K: int, Q: int) -> list[tuple]:
+    """Rows of the tour about denoising, for an image with ten objects."""
+    truth = {"labels": torch.zeros(10, dtype=torch.long), "boxes": torch.zeros(10, 4), "key": 0}
+    denoising = make_denoising([truth], nn.Embedding.from_pretrained(torch.zeros(K, config.hidden)), config) if config.denoising != "none" else None
+    if denoising is None:
+        return []
+    blocked = denoising_attention_mask(denoising.groups, 10, Q, denoising.content.device)
+    return [("  content", denoising.content, None, f"noised labels of 10 objects, {denoising.groups} groups, in front of the queries"),
+            ("  anchors", denoising.anchors, None, "noised boxes"),
+            ("  blocked", blocked, None, "who must not see whom in the decoder's self-attention")]
+
+
+def numbers(parameters: int, flops: int) -> tuple[str, str]:
+    return f"{parameters:,}" if parameters else "", f"{flops / 1e9:,.2f}" if flops else ""
+
+
+def classes_of(name: str) -> int:
+    """How many classes the data set has that a preset is named after; else 80."""
+    lists = json.loads(CLASS_LISTS.read_text())
+    return next((len(lists[key]["names"]) for key in sorted(lists, key=len, reverse=True) if name.startswith(key)), 80)
+
+
+def main() -> None:
+    """The command line. What the user can mend ends as one sentence and exit code 1."""
+    try:
+        words, actions, overrides = parse_overrides(sys.argv[1:], {"classes": int, "help": bool})
+        name = words[0] if words else "coco_instance_r50_50ep"
+        if actions.get("help"):
+            return print(__doc__)
+        if len(words) > 1:
+            raise ConfigError(f"one model at a time, not {' and '.join(words)}")
+        if name == Path(name).stem:                                     # no folder, no ending: a preset
+            with torch.device("meta"):
+                model = MaskDINO(preset(name, **overrides), actions.get("classes", classes_of(name)))
+        elif "classes" in actions:
+            raise ConfigError(f"--classes is for presets, {name} knows its own: leave it out")
+        else:
+            model = load(name, **overrides)[0]
+        print(tour(model, model.config.test_short, model.config.test_long))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -109,7 +109,7 @@ class Oracle(torch.nn.Module):
         false = [(self.classes["category_ids"][rng.integers(3)], [int(rng.integers(80)), int(rng.integers(60)), 30, 20]) for _ in range(self.extra)]
         found = [(k, [box[0] + int(rng.integers(self.shift + 1)), *box[1:]]) for k, box in objects_of(number)] + false
         names = {c["id"]: c["name"] for c in CATEGORIES}
-        labels = torch.tensor([self.classes["names"].index(names[k]) for k, _ in found], dtype=torch.int64)
+        labels = torch.tensor([self.classes["names"].index(names[k]) if names[k] in self.classes["names"] else 1 for k, _ in found], dtype=torch.int64)
         boxes = torch.tensor([[x, y, x + w, y + h] for _, (x, y, w, h) in found], dtype=torch.float32).reshape(-1, 4)
         masks = torch.from_numpy(np.array([mask_of(box) for _, box in found]).reshape(-1, H, W)).bool()
         scores = torch.from_numpy(np.sort(rng.random(len(found)))[::-1].astype(np.float32))
@@ -202,13 +202,19 @@ def test_evaluate_maps_careless_ids_and_leaves_cocos_result_files(tmp_path, caps
     assert "100.0" in printed and "n/a" in printed and "rod" in printed and "Accumulating" not in printed
 
 
-def test_labels_are_matched_by_name_and_other_classes_refused(tmp_path):
+def test_labels_are_matched_by_name(tmp_path):
+    """Another order, and classes that only one side knows: their detections are left out; without any in common there is an error."""
     dataset = dataset_of(make_coco(tmp_path / "coco"))
     turned = {"names": ["rod", "box", "bar"], "category_ids": [1, 2, 3], "is_thing": [True] * 3}
-    oracle = Oracle(turned)
-    assert evaluate.evaluate(oracle, dataset, tmp_path)["mask_AP"] == 100
-    with pytest.raises(data.DataError, match="only the checkpoint knows cat; only the data knows rod"):
-        evaluate.evaluate(Oracle(CLASSES | {"names": ["bar", "box", "cat"]}), dataset, tmp_path)
+    assert evaluate.evaluate(Oracle(turned), dataset, tmp_path)["mask_AP"] == 100
+    other = CLASSES | {"names": ["bar", "cat", "rod"]}
+    metrics = evaluate.evaluate(Oracle(other), dataset, tmp_path)["per_class"]
+    assert metrics["box"]["box_AP"] == 0 and metrics["bar"]["box_AP"] == metrics["rod"]["box_AP"] == 100
+    assert evaluate._missing(other, dataset) == "only the checkpoint knows cat; only the data knows box"
+    assert evaluate._missing(turned, dataset) == ""
+    evaluate.page(dataset, Oracle(other), tmp_path / "page.png")
+    with pytest.raises(data.DataError, match="no class in common: the checkpoint knows a, b, c"):
+        evaluate.evaluate(Oracle(CLASSES | {"names": ["a", "b", "c"]}), dataset, tmp_path)
 
 
 def test_a_json_without_annotations_gives_predictions_only(tmp_path, capsys):
@@ -378,11 +384,54 @@ def test_the_two_commands(tmp_path, checkpoint, capsys):
     assert str(coco) in capsys.readouterr().out
 
 
+SMALL = {"backbone": "resnet18", "backbone_norm": "frozen", "hidden": 64, "heads": 8, "enc_layers": 1, "dec_layers": 2, "queries": 6}
+
+
+@pytest.mark.parametrize("task", ["panoptic", "semantic"])
+def test_pictures_of_panoptic_and_semantic_models(tmp_path, task):
+    """The benchmarks' formats: ids coded in RGB with a json beside, or category ids in grey."""
+    classes = {"names": ["cat", "sky", "sea"], "category_ids": [7, 40, 200], "is_thing": [True, False, False]}
+    torch.manual_seed(0)
+    model = maskdino.build(maskdino.preset("shapes", **SMALL, task=task, object_threshold=0.0, overlap_threshold=0.0), classes).eval()
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)).save(tmp_path / "in" / "a.png")
+    rows = evaluate.predict_folder(model, tmp_path / "in", tmp_path / "out", threshold=0.0)
+    assert Image.open(tmp_path / "out/a.png").width >= 384 and json.loads((tmp_path / "out/predictions.json").read_text()) == rows
+    picture = np.array(Image.open(tmp_path / f"out/{task}/a.png")).astype(int)
+    if task == "semantic":
+        assert picture.shape == (50, 70) and {r["category_id"] for r in rows} == set(picture.flat) <= {7, 40, 200}
+        assert sum(r["area"] for r in rows) == 50 * 70
+        return
+    assert all(r["category_name"] == "cat" for r in rows)                                      # detections: things alone
+    content = json.loads((tmp_path / "out/panoptic.json").read_text())
+    segments = content["annotations"][0]["segments_info"]
+    assert set((picture @ (1, 256, 65536)).flat) - {0} == {s["id"] for s in segments} and content["annotations"][0]["file_name"] == "a.png"
+    assert segments and all(s["isthing"] == (s["category_id"] == 7) for s in segments) and content["categories"][2]["id"] == 200
+
+
+def test_released_names_there_and_back(tmp_path, capsys):
+    """--save_official writes what the loader of released checkpoints takes: the same predictions."""
+    model = maskdino.build(maskdino.preset("shapes", **SMALL), maskdino.class_list(80)).eval()
+    content = {"model": model.state_dict(), "ema": None, "config": dataclasses.asdict(model.config), "classes": model.classes}
+    torch.save(content, tmp_path / "ours.pth")
+    evaluate.main([f"{tmp_path}/ours.pth", f"--save_official={tmp_path}/theirs.pth", "--device=cpu"])
+    assert torch.load(tmp_path / "theirs.pth")["model"].keys() == maskdino.to_official(model).keys()
+    again, classes = maskdino.load(tmp_path / "theirs.pth", queries=6, test_short=128, test_long=128)
+    assert "taken from preset" in capsys.readouterr().out and classes == model.classes
+    picture = np.random.default_rng(0).integers(0, 256, (60, 70, 3), np.uint8)
+    a, b = again.predict([picture])[0], model.predict([picture])[0]
+    assert torch.equal(a["scores"], b["scores"]) and torch.equal(a["masks"], b["masks"])
+    semantic = content | {"config": dataclasses.asdict(dataclasses.replace(model.config, task="semantic"))}
+    torch.save(semantic, tmp_path / "semantic.pth")
+    with pytest.raises(SystemExit, match="semantic model, and mIoU is not computed here yet"):
+        evaluate.main([f"{tmp_path}/semantic.pth", f"--data={make_coco(tmp_path / 'coco')}", "--device=cpu"])
+
+
 @pytest.mark.parametrize("argv, words", [
     ([], "one checkpoint is needed"),
     (["CKPT"], "--data=DIR"),
     (["CKPT", "--images=x"], "--out=DIR"),
-    (["CKPT", "--data=x", "--images=x", "--out=y"], "either"),
+    (["CKPT", "--data=x", "--images=x", "--out=y"], "one of"),
     (["CKPT", "--data=/nowhere"], "/nowhere"),
     (["nowhere.pth", "--data=x"], "nowhere.pth"),
     (["CKPT", "--data=x", "--treshold=0.5"], "threshold"),

@@ -5,6 +5,7 @@ kept at every fourth row and column.
 """
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import maskdino
 from maskdino import Config, ConfigError, Criterion, MaskDINO, Output, Prediction, Truth, preset
@@ -348,10 +350,13 @@ def test_golden_semantic_postprocessing(variant, settings):
 def test_postprocessing_of_one_row_at_a_time(monkeypatch):
     """Chunks are for memory alone."""
     z, p, pixels, frame, is_thing = postprocess_case()
-    whole = [maskdino.semantic_of(p, pixels, frame), maskdino.panoptic_of(p, pixels, frame, is_thing)["panoptic"], maskdino.detections_of(p, pixels, frame, 30)["masks"]]
+
+    def everything():
+        return [maskdino.semantic_of(p, pixels, frame), maskdino.panoptic_of(p, pixels, frame, is_thing)["panoptic"],
+                maskdino.detections_of(p, pixels, frame, 30)["masks"]]
+    whole = everything()
     monkeypatch.setattr(maskdino, "MASKS_AT_ONCE", 7)
-    parts = [maskdino.semantic_of(p, pixels, frame), maskdino.panoptic_of(p, pixels, frame, is_thing)["panoptic"], maskdino.detections_of(p, pixels, frame, 30)["masks"]]
-    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(everything(), whole, rtol=0, atol=1e-5)
 
 
 def test_stuff_shares_a_segment_and_things_do_not():
@@ -674,7 +679,8 @@ def test_released_checkpoints_that_are_not_whole(tmp_path):
         with pytest.raises(ConfigError, match=message):
             maskdino.load(tmp_path / "wrong.pth")
     for name, kind in [("sem_seg_head.predictor.transformer_cross_attention_layers.0.norm.weight", "Mask2Former"),
-                       ("transformer.enc_out_class_embed.weight", "DINO"), ("sem_seg_head.predictor.time_mlp.1.weight", "DFormer"), ("transformer.decoder.layers.0.norm1.weight", "DETR")]:
+                       ("transformer.enc_out_class_embed.weight", "DINO"), ("sem_seg_head.predictor.time_mlp.1.weight", "DFormer"),
+                       ("transformer.decoder.layers.0.norm1.weight", "DETR")]:
         torch.save({"model": {name: torch.zeros(1)}}, tmp_path / "other.pth")
         with pytest.raises(ConfigError, match=f"checkpoint of {kind}, not of Mask DINO"):
             maskdino.load(tmp_path / "other.pth")
@@ -782,3 +788,79 @@ def test_backbone_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(maskdino.torchvision.models._api, "load_state_dict_from_url", offline)
     with pytest.raises(ConfigError, match="--backbone_weights=none"):
         maskdino.load_backbone_weights(maskdino.ResNet(Config(backbone="resnet50")), Config())
+
+
+# ---------------------------------------------------------------------------------------------------------------- the tour
+def read_tour(text):
+    """{"room" or "room/row": {column: text}}"""
+    head, rows, room = text.splitlines()[1], {}, ""
+    ends = {head.index(name) + len(name): name for name in ("parameters", "GFLOPs")}
+    for line in text.splitlines()[2:]:
+        room = room if line.startswith(" ") else line.split()[0]
+        row = rows[f"{room}/{re.split('  +', line.strip())[0]}" if line.startswith(" ") else room] = {}
+        for cell in re.finditer(r"\S+( x \S+)*", line[:max(ends)]):
+            row |= {ends.get(cell.end(), "shape"): cell[0]} if cell.start() >= head.index("shape") else {}
+    return rows
+
+
+def column(rows, name, room=""):
+    """The numbers of the rooms, or of the rows in a room; without the total."""
+    chosen = [row for key, row in rows.items() if (key.startswith(room + "/") if room else "/" not in key) and key != "total"]
+    return sum(float(row.get(name, "0").replace(",", "")) for row in chosen)
+
+
+def test_tour():
+    """Parts, shapes and FLOPs of the released R50 model; the model itself stays as it was."""
+    with torch.device("meta"):
+        model = MaskDINO(preset("coco_instance_r50_50ep"), 80).train()
+    before = torch.get_rng_state()
+    text = maskdino.tour(model)
+    assert torch.equal(torch.get_rng_state(), before) and model.training and not any(m._forward_hooks for m in model.modules())
+    rows = read_tour(text)
+    assert text.splitlines()[-1].split()[1] == "52,058,004" and "14,547,668 for the rest" in text.splitlines()[-1]
+    assert (rows["backbone"]["parameters"], rows["pixel_decoder"]["parameters"]) == ("23,454,912", "14,055,424")
+    for room in ("pixel_decoder", "decoder"):
+        assert column(rows, "parameters", room) == float(rows[room]["parameters"].replace(",", ""))
+    shapes = {"images": "1 x 3 x 800 x 1344", "backbone/features[3]": "1 x 2048 x 25 x 42", "pixel_decoder/memory": "1 x 22323 x 256",
+              "pixel_decoder/pixels": "1 x 256 x 200 x 336", "query_selection/logits of tokens": "1 x 22323 x 80", "query_selection/anchors": "1 x 300 x 4",
+              "label_embed/blocked": "400 x 400", "decoder/state": "1 x 300 x 256", "heads/embeddings": "1 x 300 x 256", "masks": "1 x 300 x 200 x 336"}
+    assert {name: rows[name]["shape"] for name in shapes} == shapes
+    assert float(rows["masks"]["GFLOPs"]) == round(2 * 300 * 256 * 200 * 336 / 1e9, 2)
+    attention = 6 * 22323 * (2 * 256 * (256 + 256 + 128 + 256) + 8 * 256 * 16)             # offsets, values, weights, output; 16 points of 4 corners
+    assert float(rows["pixel_decoder/layers: self_attn"]["GFLOPs"]) == round(attention / 1e9, 2)
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"task": "detection", "box_init": "token", "denoising": "box", "matching": "box"}, {"two_stage": False, "box_init": "token"},
+    {"content_queries": "learned"}, {"denoising": "none"}, {"denoising_queries": 5}, {"initial_prediction": False}, {"decoder_levels": 1}, {"levels": (4,)}])
+def test_tour_counts_what_runs(change):
+    """Every configuration has a tour; its rooms add up, and its FLOPs are those of the model on a CPU."""
+    model = MaskDINO(tiny(**change), 7).eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        output = model(torch.zeros(1, 3, 64, 96, dtype=torch.uint8), [(50, 70)])
+        if output.pixels is not None:
+            maskdino.mask_logits(output.sets["layer2"].embeddings, output.pixels)
+    rows = read_tour(maskdino.tour(model, 50, 70))
+    _, flops = maskdino.walk(model.to("meta"), torch.zeros(1, 3, 64, 96, dtype=torch.uint8, device="meta"), (50, 70))
+    assert flops.total() == counter.get_total_flops()
+    assert rows["images"]["shape"] == "1 x 3 x 64 x 96"
+    assert column(rows, "parameters") == sum(p.numel() for p in model.parameters())
+    assert column(rows, "GFLOPs") == pytest.approx(counter.get_total_flops() / 1e9, abs=0.05)
+    assert ("masks" in rows) == (output.pixels is not None) and ("label_embed" in rows) == (model.label_embed is not None)
+
+
+def test_tour_command(tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["maskdino.py", *arguments])
+        maskdino.main()
+        return capsys.readouterr().out
+
+    model = maskdino.build(tiny(), CLASSES)
+    torch.save({"model": model.state_dict(), "ema": None, "config": dataclasses.asdict(tiny()), "classes": CLASSES}, tmp_path / "c.pth")
+    assert "instance, resnet10, 7 classes" in run(str(tmp_path / "c.pth")) and "1 x 3 x 128 x 128" in run(str(tmp_path / "c.pth"))
+    assert "52,085,193" in run("coco_panoptic_r50_50ep") and "43,798,216" in run("cityscapes_semantic_r50") and "222,826,333" in run("coco_panoptic_swinl_50ep")
+    assert "52,058,004" in run() and "x 3: 8 heads" in run("coco_instance_r50_50ep", "--enc_layers=3", "--classes=7")
+    for arguments, message in [(["coco_instance_r50"], "did you mean"), (["no/such.pth"], "no such file"), (["--enc_layer=3"], "did you mean 'enc_layers'"),
+                               (["shapes", "overfit"], "one model at a time"), ([str(tmp_path / "c.pth"), "--classes=3"], "knows its own")]:
+        with pytest.raises(SystemExit, match=message):
+            run(*arguments)
