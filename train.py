@@ -43,7 +43,8 @@ import data
 import evaluate
 import maskdino
 from evaluate import World, start_world
-from maskdino import Config, ConfigError, Criterion, MaskDINO
+from losses import Criterion
+from maskdino import Config, ConfigError, MaskDINO
 
 ACTIONS = {"help": bool, "list": bool, "data": str, "out": str, "resume": bool, "overwrite": bool, "epochs": float, "device": str, "finetune": str,
            "train_json": str, "train_images": str, "val_json": str, "val_images": str}
@@ -362,6 +363,8 @@ def finish(state: State, config: Config, name: str, overrides: dict, out: Path, 
 def run(name: str, overrides: dict, actions: dict, world: World) -> dict:
     """One whole run: data, model, training, evaluation. Returns its result.json."""
     config = maskdino.preset(name, **overrides)
+    if config.task in ("panoptic", "semantic"):
+        raise ConfigError(f"--task={config.task}: models for it can be loaded and used (evaluate.py), but their training is not built yet")
     check_batch(config, world)
     out = Path(actions.get("out") or Path("runs") / name)
     checkpoint = prepare_folder(out, actions)

@@ -17,8 +17,10 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import losses
 import maskdino
-from maskdino import Config, ConfigError, Criterion, MaskDINO, Output, Prediction, Truth, preset
+from losses import Criterion, Output, Prediction, Truth
+from maskdino import Config, ConfigError, MaskDINO, preset
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -200,8 +202,8 @@ def test_golden_training(case, monkeypatch):
     counts = [len(t["labels"]) for t in targets]
     points = recorded_points(z, names, groups, counts)
     criterion = Criterion(model.config)
-    cost = maskdino.matching_cost(maskdino.stack(output.sets), output.pixels, Truth.of(targets, True), points["match"], criterion.cost_parts)
-    query, _ = maskdino.assign(sum(maskdino.WEIGHTS[k] * v for k, v in cost.items()), counts)
+    cost = losses.matching_cost(losses.stack(output.sets), output.pixels, Truth.of(targets, True), points["match"], criterion.cost_parts)
+    query, _ = losses.assign(sum(losses.WEIGHTS[k] * v for k, v in cost.items()), counts)
     for r, name in enumerate(output.sets):
         tag = {"interm_": "interm", "": "final"}.get(names[name], names[name].rstrip("_"))
         for b, n in enumerate(counts):
@@ -209,9 +211,9 @@ def test_golden_training(case, monkeypatch):
             wanted[z[f"crit/loss/{tag}/tgt_img{b}"]] = z[f"crit/loss/{tag}/src_img{b}"]
             assert query[r, b, :n].tolist() == wanted.tolist(), (name, b)
 
-    total, losses = criterion(output, targets, points=points)
+    total, ours = criterion(output, targets, points=points)
     theirs = json.loads(str(z["losses"]))
-    for name, loss in losses.items():
+    for name, loss in ours.items():
         *where, set_name, part = name.split("/")
         suffix = {"interm_": "_interm", "": ""}.get(names[set_name], "_" + names[set_name][3:-1])
         assert loss.item() == pytest.approx(theirs.pop(OFFICIAL_LOSS[part] + ("_dn" if where else "") + suffix), abs=1e-4), name
@@ -245,7 +247,7 @@ def test_golden_costs_and_losses():
     z, targets, output = criterion_case()
     criterion = Criterion(Config(mask_points=200))
     points = torch.stack([tensor(z[f"img{b}_match_points"]) for b in range(2)], 1)
-    cost = maskdino.matching_cost(maskdino.stack(output.sets), output.pixels, Truth.of(targets, True), points, criterion.cost_parts)
+    cost = losses.matching_cost(losses.stack(output.sets), output.pixels, Truth.of(targets, True), points, criterion.cost_parts)
     official = {"class": "class", "l1": "box", "giou": "giou", "mask": "mask", "dice": "dice"}
     for b, n in enumerate((3, 5)):
         for part, name in official.items():
@@ -253,9 +255,9 @@ def test_golden_costs_and_losses():
     start = np.cumsum([0, 3, 5])
     final = [tensor(z["loss_points"][start[b]:start[b + 1]][np.argsort(z[f"img{b}_match_tgt"])])[None] for b in range(2)]
     draws = [(torch.zeros(1, f.shape[1], 600, 2), f) for f in final]
-    _, losses = criterion(output, targets, points={"match": points, "sets": draws})
+    _, ours = criterion(output, targets, points={"match": points, "sets": draws})
     for part, name in OFFICIAL_LOSS.items():
-        assert float(losses[f"layer1/{part}"]) == pytest.approx(float(z[name]), abs=1e-5), part
+        assert float(ours[f"layer1/{part}"]) == pytest.approx(float(z[name]), abs=1e-5), part
 
 
 def test_golden_cross_entropy():
@@ -266,13 +268,13 @@ def test_golden_cross_entropy():
     wanted = torch.zeros(1, 2, 12, 8)
     for b in range(2):
         wanted[0, b, query[b], labels[b]] = 1
-    loss = maskdino.cross_entropy(output.sets["layer1"].logits[None], wanted)
+    loss = losses.cross_entropy(output.sets["layer1"].logits[None], wanted)
     assert loss.item() == pytest.approx(float(z["loss_ce_softmax"]), abs=1e-5)
 
 
 def test_golden_importance_sampling():
     z = golden("criterion")
-    ours = maskdino.uncertain_points(tensor(z["points/logits"])[:, 0], tensor(z["points/draw1"]), tensor(z["points/draw2"]))
+    ours = losses.uncertain_points(tensor(z["points/logits"])[:, 0], tensor(z["points/draw1"]), tensor(z["points/draw2"]))
     theirs = tensor(z["points/selected"])
     for a, b in zip(ours, theirs, strict=True):
         assert {tuple(p) for p in a.tolist()} == {tuple(p) for p in b.tolist()}
@@ -287,7 +289,7 @@ def test_golden_boxes_of_masks(variant):
 
 def test_golden_giou():
     z = golden("criterion")
-    torch.testing.assert_close(maskdino.giou(tensor(z["giou/a"])[:, None], tensor(z["giou/b"])[None]), tensor(z["giou/giou"]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(losses.giou(tensor(z["giou/a"])[:, None], tensor(z["giou/b"])[None]), tensor(z["giou/giou"]), rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the rest of the goldens

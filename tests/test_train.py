@@ -17,7 +17,8 @@ import data
 import evaluate
 import maskdino
 import train
-from maskdino import ConfigError, Criterion, MaskDINO, preset
+from losses import Criterion
+from maskdino import ConfigError, MaskDINO, preset
 
 SMALL = dict(backbone="resnet10", backbone_norm="group", hidden=32, heads=4, enc_layers=1, enc_ffn=32, dec_layers=2, dec_ffn=32, queries=8, denoising_queries=8,
              mask_points=32, image_size=64, test_short=64, test_long=64, total_batch=2, workers=0, log_every=1, warmup=2, detections=5)
@@ -73,6 +74,31 @@ def test_resumed_equals_undisturbed(shapes, tmp_path):
     assert [line["step"] for line in log(whole, "epoch")] == [line["step"] for line in log(parts, "epoch")] == [12, 14]
     for x, y in zip(log(whole), log(parts), strict=True):
         assert {k: x[k] for k in ("step", "loss", "losses", "lr", "grad_norm")} == {k: y[k] for k in ("step", "loss", "losses", "lr", "grad_norm")}
+
+
+def test_fine_tuning(shapes, tmp_path, capsys):
+    """Starts from another run's weights; the checkpoint's architecture wins over the preset's, but not over what was asked for by hand."""
+    run(shapes, tmp_path / "first", max_steps=2)
+    start, free = str(tmp_path / "first" / "checkpoint.pth"), {k: v for k, v in SMALL.items() if k not in maskdino.ARCHITECTURE}
+    actions = {"data": str(shapes), "out": str(tmp_path / "second"), "finetune": start}
+    train.run("shapes", free | {"max_steps": 1, "lr": 0.0}, actions, ALONE)
+    said = capsys.readouterr().out
+    assert "trained with dec_layers=2, not 3: its value is used" in said and "fresh: nothing" in said and "4 of 4 classes matched by name" in said
+    a, b = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)["model"] for name in ("first", "second"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(ConfigError, match="--dec_layers=5 contradicts"):
+        train.run("shapes", free | {"dec_layers": 5}, actions | {"out": str(tmp_path / "third")}, ALONE)
+    released = tmp_path / "released.pth"
+    torch.manual_seed(0)
+    model = maskdino.build(preset("shapes", **SMALL | {"backbone": "resnet18", "backbone_norm": "frozen", "hidden": 64, "heads": 8}), maskdino.class_list(80))
+    torch.save({"model": maskdino.to_official(model)}, released)
+    train.run("shapes", free | {"max_steps": 1}, actions | {"out": str(tmp_path / "fourth"), "finetune": str(released)}, ALONE)
+    assert "0 of 4 classes matched by name" in capsys.readouterr().out and log(tmp_path / "fourth")[0]["loss"] < 1e3
+
+
+def test_panoptic_training_is_refused_for_now(shapes, tmp_path):
+    with pytest.raises(ConfigError, match="training is not built yet"):
+        run(shapes, tmp_path / "p", task="panoptic")
 
 
 def test_resume_without_a_checkpoint_starts(shapes, tmp_path):

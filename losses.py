@@ -1,0 +1,242 @@
+"""Matching and losses of Mask DINO (arXiv 2206.02777, section 3.6 and appendix B.1): what a model says, held against the truth.
+
+A prediction carries mask embeddings instead of masks. Costs sample the pixel embedding map at random points, losses make the maps of matched
+queries alone: full masks of all queries, which are most of the work elsewhere, are never made. Notation as in maskdino.py.
+"""
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_convert, sigmoid_focal_loss
+
+if TYPE_CHECKING:
+    from maskdino import Config
+
+WEIGHTS = {"class": 4.0, "l1": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}      # of costs and losses alike (appendix B.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- what is compared
+class Prediction(NamedTuple):
+    """What one place of the model says about every query."""
+    logits: Tensor                  # (B, Q, K); with class_loss=ce K + 1, the last for no object
+    boxes: Tensor                   # (B, Q, 4)
+    embeddings: Tensor | None       # (B, Q, C): mask logits = embeddings times the pixel embedding map; None when the task has no masks
+
+
+class Output(NamedTuple):
+    """Everything the model says about a batch. The last of `sets` is the answer."""
+    padded: tuple[int, int]                 # (H, W) of the padded images
+    pixels: Tensor | None                   # (B, C, H/4, W/4) pixel embedding map; None when the task has no masks
+    sets: dict[str, Prediction]             # "selection", "initial", "layer1" ... in this order, as far as the configuration has them
+    denoising: dict[str, Prediction]        # "initial", "layer1" ...: the denoising queries' part; empty without denoising
+    groups: int                             # denoising groups; 0 without denoising
+
+
+class Truth(NamedTuple):
+    """Targets of a batch, padded to N objects an image. Masks stay as they are, one (n, H, W) uint8 tensor an image."""
+    labels: Tensor          # (B, N) int64
+    boxes: Tensor           # (B, N, 4)
+    valid: Tensor           # (B, N) bool
+    counts: list[int]
+    masks: list[Tensor] | None
+
+    @classmethod
+    def of(cls, targets: list[dict], masks: bool) -> Self:
+        labels = pad_sequence([t["labels"] for t in targets], batch_first=True)
+        boxes = pad_sequence([t["boxes"] for t in targets], batch_first=True)
+        counts = [len(t["labels"]) for t in targets]
+        valid = torch.arange(labels.shape[1])[None] < torch.tensor(counts)[:, None]
+        return cls(labels, boxes, valid.to(labels.device), counts, [t["masks"] for t in targets] if masks else None)
+
+
+def generator(target: dict, stream: int, device: torch.device) -> torch.Generator:
+    """The random numbers of one image: a function of its "key" alone, so that they do not depend on batch, process or resume."""
+    key = target["key"] if "key" in target else int(torch.randint(2 ** 31, ()))
+    return torch.Generator(device).manual_seed(2 * key + stream)
+
+
+def point_sample(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear samples: maps (B, C, h, w), points (B, P, 2) as (x, y) in 0..1 -> (B, C, P)."""
+    return F.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False)[..., 0]
+
+
+def uncertain_points(maps: Tensor, candidates: Tensor, extra: Tensor) -> Tensor:
+    """PointRend's importance sampling (arXiv 1912.08193): of the candidates (n, 3P, 2) those whose logits are nearest to 0, and random ones.
+
+    maps (n, h, w) logits, extra (n, P / 4, 2) -> (n, P, 2). The choice carries no gradient.
+    """
+    with torch.no_grad():
+        P = candidates.shape[1] // 3
+        uncertainty = -point_sample(maps[:, None], candidates)[:, 0].abs()
+        chosen = uncertainty.topk(P - extra.shape[1]).indices[..., None].expand(-1, -1, 2)
+        return torch.cat([candidates.gather(1, chosen), extra], 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- matching
+def giou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU (arXiv 1902.09630) of boxes xyxy, broadcast over all but the last dimension."""
+    area = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (a, b)]
+    inter = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    union = area[0] + area[1] - inter
+    return inter / (union + 1e-6) - (hull - union) / (hull + 1e-6)
+
+
+def matching_cost(sets: Prediction, pixels: Tensor, truth: Truth, points: Tensor | None, parts: Sequence[str]) -> dict[str, Tensor]:
+    """Unweighted cost terms (section 3.6), each (R, B, Q, N), for stacked prediction sets (R, B, Q, ...).
+
+    points (1 or R, B, P, 2): where masks are compared, shared by all masks of an image. A mask logit is a dot product with the pixel embedding and
+    sampling is linear, so the embedding is sampled once per image and no query's full mask is ever made.
+    """
+    cost = {}
+    p = sets.logits.sigmoid()
+    alpha, gamma = 0.25, 2
+    focal = alpha * (1 - p) ** gamma * -(p + 1e-8).log() - (1 - alpha) * p ** gamma * -(1 - p + 1e-8).log()
+    R, B, Q, _ = p.shape
+    N = truth.labels.shape[1]
+    cost["class"] = focal.gather(-1, truth.labels[None, :, None].expand(R, B, Q, N))
+    if "l1" in parts:
+        cost["l1"] = (sets.boxes[..., :, None, :] - truth.boxes[None, :, None]).abs().sum(-1)
+        cost["giou"] = -giou(box_convert(sets.boxes, "cxcywh", "xyxy")[..., :, None, :], box_convert(truth.boxes, "cxcywh", "xyxy")[None, :, None])
+    if "mask" in parts:
+        places, _, P, _ = points.shape
+        flat = points.to(pixels).transpose(0, 1).flatten(1, 2)                                                                     # (B, R * P, 2)
+        pixel = point_sample(pixels, flat).unflatten(-1, (places, P))                                                   # (B, C, R, P)
+        x = torch.einsum("rbqc,bcrp->rbqp", sets.embeddings, pixel.expand(-1, -1, R, -1))
+        t = pad_sequence([point_sample(m[None].to(x), q[None])[0] for m, q in zip(truth.masks, flat, strict=True)], batch_first=True)
+        t = t.unflatten(-1, (places, P)).expand(-1, -1, R, -1)                                                          # (B, N, R, P)
+        # BCE with logits is softplus(x) - x t: the sum over points splits into a term of the query and a matrix product.
+        cost["mask"] = (F.softplus(x).sum(-1)[..., None] - torch.einsum("rbqp,bnrp->rbqn", x, t)) / P
+        p = x.sigmoid()
+        both = torch.einsum("rbqp,bnrp->rbqn", p, t)
+        cost["dice"] = 1 - (2 * both + 1) / (p.sum(-1)[..., None] + t.sum(-1).permute(2, 0, 1)[:, :, None] + 1)
+    return cost
+
+
+def assign(cost: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """Hungarian matching: total cost (R, B, Q, N) -> each object's query (R, B, N), and whether it got one (more objects than queries: not all do)."""
+    R, B, Q, N = cost.shape
+    table = np.nan_to_num(cost.detach().cpu().double().numpy(), nan=1e10, posinf=1e10, neginf=-1e10)        # one copy; the loss will report a NaN
+    query, found = np.zeros((R, B, N), np.int64), np.zeros((R, B, N), bool)
+    for r in range(R):
+        for b, n in enumerate(counts):
+            q, o = linear_sum_assignment(table[r, b, :, :n])
+            query[r, b, o], found[r, b, o] = q, True
+    return torch.from_numpy(query).to(cost.device), torch.from_numpy(found).to(cost.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------- losses
+class Criterion(nn.Module):
+    """Hybrid matching and the losses of every prediction set: focal class, L1 and GIoU box, point-sampled BCE and dice mask.
+
+    All parts are divided by the number of objects (times groups for denoising) and weigh the same in every set.
+    """
+
+    def __init__(self, config: "Config") -> None:
+        super().__init__()
+        self.config = config
+        self.weights = {k: w for k, w in WEIGHTS.items() if config.masks or k not in ("mask", "dice")}
+        if not config.box_loss:
+            self.weights |= {"l1": 0.0, "giou": 0.0}            # still computed, so that the box head stays in the graph
+        kinds = {"class": "hybrid box mask", "l1": "hybrid box", "giou": "hybrid box", "mask": "hybrid mask", "dice": "hybrid mask"}
+        self.cost_parts = [k for k, uses in kinds.items() if config.matching in uses.split() and self.weights.get(k)]
+
+    def forward(self, output: Output, targets: list[dict], num_objects: float | None = None, points: dict | None = None) -> tuple[Tensor, dict]:
+        """Weighted total and the unweighted parts, {"layer9/mask": scalar, "denoising/layer9/mask": ...}.
+
+        num_objects: normaliser; default the objects in this batch. In distributed or accumulated training: max(objects in the effective batch, 1)
+        divided by the number of processes. points: given draws, {"match": (1 or R, B, P, 2), "sets": [(candidates, extra)] per image, "denoising": the same},
+        candidates (R, G * n, 3P, 2), extra (R, G * n, P / 4, 2), all uniform in 0..1; default: drawn from each image's generator.
+        """
+        device = targets[0]["labels"].device
+        with torch.autocast(device.type, enabled=False):
+            pixels = None if output.pixels is None else full_precision(output.pixels)
+            truth = Truth.of(targets, masks=self.config.masks)
+            num = float(max(sum(truth.counts), 1)) if num_objects is None else num_objects
+            generators = [generator(t, 1, device) for t in targets]
+            points = points or {"match": self.draw_match_points(generators, device)}
+            sets = stack(output.sets)
+            with torch.no_grad():
+                cost = matching_cost(sets, pixels, truth, points["match"], self.cost_parts)
+                query, found = assign(sum(WEIGHTS[k] * cost[k] for k in self.cost_parts), truth.counts)
+            losses = self.losses_of(sets, pixels, truth, query, found, 1, num, points.get("sets"), generators)
+            losses = {f"{name}/{part}": loss[r] for part, loss in losses.items() for r, name in enumerate(output.sets)}
+            if output.denoising:
+                known = torch.arange(output.groups * truth.labels.shape[1], device=device).expand(len(output.denoising), len(targets), -1)
+                valid = truth.valid.repeat(1, output.groups).expand_as(known)
+                parts = self.losses_of(stack(output.denoising), pixels, truth, known, valid, output.groups, num * output.groups,
+                                       points.get("denoising"), generators)
+                losses |= {f"denoising/{name}/{part}": loss[r] for part, loss in parts.items() for r, name in enumerate(output.denoising)
+                           if self.config.denoising == "mask" or part not in ("mask", "dice")}
+            total = sum(self.weights[name.rpartition("/")[2]] * loss for name, loss in losses.items())
+        return total, losses
+
+    def draw_match_points(self, generators: list[torch.Generator], device: torch.device) -> Tensor:
+        return torch.stack([torch.rand((self.config.mask_points, 2), generator=g, device=device) for g in generators])[None]
+
+    def losses_of(self, sets: Prediction, pixels: Tensor, truth: Truth, query: Tensor, found: Tensor, groups: int, num: float,
+                  draws: list | None, generators: list[torch.Generator]) -> dict[str, Tensor]:
+        """Unweighted losses (R,) of R stacked sets. query (R, B, G * N): which query answers for which object; found: whether one does."""
+        R, B, Q, K = sets.logits.shape
+        labels, boxes = truth.labels.repeat(1, groups), truth.boxes.repeat(1, groups, 1)                    # (B, G * N)
+        r, b = torch.arange(R, device=query.device)[:, None, None], torch.arange(B, device=query.device)[None, :, None]
+        wanted = torch.zeros_like(sets.logits).index_put((r, b, query, labels[None]), found.to(sets.logits), accumulate=True)
+        if self.config.class_loss == "focal":
+            losses = {"class": sigmoid_focal_loss(sets.logits, wanted, alpha=0.25, gamma=2).flatten(1).sum(1) / num}
+        else:
+            losses = {"class": cross_entropy(sets.logits, wanted)}
+        own = sets.boxes[r, b, query]                                                                       # (R, B, G * N, 4)
+        overlap = giou(box_convert(own, "cxcywh", "xyxy"), box_convert(boxes, "cxcywh", "xyxy"))
+        losses["l1"] = ((own - boxes).abs().sum(-1) * found).sum((1, 2)) / num
+        losses["giou"] = ((1 - overlap) * found).sum((1, 2)) / num
+        if truth.masks is not None:
+            own = sets.embeddings[r, b, query].unflatten(2, (groups, -1))                                   # (R, B, G, N, C)
+            parts = [self.mask_losses(own[:, i, :, :n].flatten(1, 2), pixels[i], truth.masks[i], draws[i] if draws else None, generators[i])
+                     for i, n in enumerate(truth.counts)]
+            kept = [found[:, i].unflatten(1, (groups, -1))[:, :, :n].flatten(1) for i, n in enumerate(truth.counts)]
+            for k, name in enumerate(("mask", "dice")):
+                losses[name] = sum((part[k] * keep).sum(1) for part, keep in zip(parts, kept, strict=True)) / num
+        return losses
+
+    def mask_losses(self, embeddings: Tensor, pixels: Tensor, masks: Tensor, draws: tuple | None, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        """BCE and dice, each (R, G * n), of one image's matched rows: embeddings (R, G * n, C), pixels (C, h, w), masks (n, H, W)."""
+        R, total, _ = embeddings.shape
+        n, P = len(masks), self.config.mask_points
+        if n == 0:
+            nothing = embeddings.sum(-1) + 0 * pixels.sum()                                                 # (R, 0), yet in the graph
+            return nothing, nothing
+        maps = torch.einsum("rqc,chw->rqhw", embeddings, pixels).flatten(0, 1)                              # only the matched rows' masks
+        if draws is None:
+            draws = [torch.rand((R * total, count, 2), generator=g, device=pixels.device).to(pixels) for count in (3 * P, P - int(0.75 * P))]
+        points = uncertain_points(maps, *(d.flatten(0, -3) for d in draws))                                 # (R * G * n, P, 2)
+        x = point_sample(maps[:, None], points)[:, 0]
+        # Each object's mask is sampled once, with the points of all its rows.
+        grouped = points.view(-1, n, points.shape[1], 2).transpose(0, 1).flatten(1, 2)                      # (n, R * G * P, 2)
+        t = point_sample(masks[:, None].to(x), grouped)[:, 0].view(n, -1, points.shape[1]).transpose(0, 1).flatten(0, 1)
+        bce = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(-1)
+        p = x.sigmoid()
+        dice = 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
+        return bce.view(R, total), dice.view(R, total)
+
+
+def cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
+    """(R,): weighted mean over the queries of each set; no object, the last class, weighs 0.1. logits, wanted (0 or 1): (R, B, Q, K + 1)."""
+    K = logits.shape[-1] - 1
+    label = torch.where(wanted.any(-1), wanted.argmax(-1), K)                                               # (R, B, Q)
+    weight = logits.new_ones(K + 1).index_fill(0, torch.tensor(K, device=logits.device), 0.1)
+    loss = F.cross_entropy(logits.flatten(0, 2), label.flatten(), weight, reduction="none").view_as(label)
+    return loss.sum((1, 2)) / weight[label].sum((1, 2))
+
+
+def full_precision(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def stack(sets: dict[str, Prediction]) -> Prediction:
+    """Prediction sets side by side: (R, B, Q, ...), in full precision."""
+    return Prediction(*(None if parts[0] is None else full_precision(torch.stack(parts)) for parts in zip(*sets.values(), strict=True)))
