@@ -43,6 +43,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
 from torchvision.ops import FrozenBatchNorm2d, box_convert
@@ -119,6 +120,7 @@ class Config:
     clip: float = 0.01                                               # gradient norm of the whole model
     ema: float = 0.0                                                 # decay; 0 = off
     precision: Literal["auto", "fp32", "bf16"] = "auto"              # auto: bf16 autocast on GPUs that have it
+    checkpoint_activations: bool = False                             # layers are computed again for their backward: less memory, more time
     seed: int = 0
     max_bad_steps: int = 10                                          # non-finite losses in a row until the run stops
     log_every: int = 20                                              # steps
@@ -238,6 +240,11 @@ def parse_overrides(argv: Sequence[str], actions: dict[str, type]) -> tuple[list
     return words, done, overrides
 
 
+def through(module: nn.Module, again: bool, *arguments: object) -> object:
+    """module(*arguments); with `again` nothing inside is kept for the backward, which computes it again (activation checkpointing)."""
+    return checkpoint(module, *arguments, use_reentrant=False) if again and torch.is_grad_enabled() else module(*arguments)
+
+
 # ---------------------------------------------------------------------------------------------------------------- backbone
 RESNET_BLOCKS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
@@ -251,6 +258,7 @@ class ResNet(nn.Module):
         block = torchvision.models.resnet.Bottleneck if config.backbone in ("resnet50", "resnet101") else torchvision.models.resnet.BasicBlock
         self.body = torchvision.models.ResNet(block, list(RESNET_BLOCKS[config.backbone]), norm_layer=norm)
         del self.body.fc, self.body.avgpool
+        self.again = config.checkpoint_activations
         self.stages = [f"layer{i + 1}" for i, stride in enumerate((4, 8, 16, 32)) if stride <= config.levels[-1]]
         for unused in {"layer2", "layer3", "layer4"} - set(self.stages):
             delattr(self.body, unused)
@@ -263,7 +271,8 @@ class ResNet(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         body = self.body
         x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
-        return [x := getattr(body, stage)(x) for stage in self.stages]
+        again = self.again and not isinstance(body.bn1, nn.BatchNorm2d)                         # whose statistics would move twice
+        return [x := through(getattr(body, stage), again, x) for stage in self.stages]
 
 
 SWINS = {                                                               # torchvision's, and the large one of the released models
@@ -312,8 +321,9 @@ class Swin(nn.Module):
     Any size will do; what is missing to whole cells and windows is padded with zeros, so sizes are rounded up.
     """
 
-    def __init__(self, width: int, depths: Sequence[int], heads: Sequence[int], window: int, stochastic_depth: float) -> None:
+    def __init__(self, width: int, depths: Sequence[int], heads: Sequence[int], window: int, stochastic_depth: float, again: bool = False) -> None:
         super().__init__()
+        self.again = again
         block = partial(SwinTransformerBlock, attn_layer=WindowAttention)
         self.body = SwinTransformer([4, 4], width, depths, heads, [window, window], stochastic_depth_prob=stochastic_depth, block=block).features
         self.channels = [width * 2 ** i for i in range(4)]
@@ -323,14 +333,16 @@ class Swin(nn.Module):
         x = F.pad(images, (0, -images.shape[-1] % 4, 0, -images.shape[-2] % 4))
         maps = []
         for shrink, blocks, norm in zip(self.body[0::2], self.body[1::2], self.norms, strict=True):
-            x = blocks(shrink(x))                                       # (B, H / s, W / s, C_i)
+            x = shrink(x)
+            for block in blocks:
+                x = through(block, self.again, x)                       # (B, H / s, W / s, C_i)
             maps.append(norm(x).permute(0, 3, 1, 2))
         return maps
 
 
 def make_backbone(config: Config) -> nn.Module:
     """Images (B, 3, H, W), normalised -> maps of strides 4, 8, 16, 32; `channels` are theirs."""
-    return Swin(**SWINS[config.backbone]) if config.backbone in SWINS else ResNet(config)
+    return Swin(**SWINS[config.backbone], again=config.checkpoint_activations) if config.backbone in SWINS else ResNet(config)
 
 
 def load_backbone_weights(backbone: nn.Module, config: Config) -> None:
@@ -478,7 +490,7 @@ class PixelDecoder(nn.Module):
     def __init__(self, channels: list[int], config: Config) -> None:
         super().__init__()
         C = config.hidden
-        self.strides, self.masks = config.levels, config.masks
+        self.strides, self.masks, self.again = config.levels, config.masks, config.checkpoint_activations
         self.input_proj = nn.ModuleList()
         for stride in self.strides:
             extra = stride > 32                                                                 # strided convolutions on the coarsest map
@@ -507,7 +519,7 @@ class PixelDecoder(nn.Module):
         pos = torch.cat([position_encoding(h, w, x.shape[-1], x) + embed for (h, w), embed in zip(shapes, self.level_embed, strict=True)])
         centres = cell_centres(shapes, x).expand(len(x), -1, -1)                                                                # (B, S, 2)
         for layer in self.layers:
-            x = layer(x, pos, centres, shapes)
+            x = through(layer, self.again, x, pos, centres, shapes)
         if not self.masks:
             return x, shapes, None
         h, w = shapes[0]
@@ -665,6 +677,7 @@ class Decoder(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         C = config.hidden
+        self.again = config.checkpoint_activations
         self.anchor_embed = MLP(2 * C, C, C)                        # C / 2 sine features for each of y, x, w, h
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.dec_layers))
         init_transformer(self)
@@ -676,7 +689,7 @@ class Decoder(nn.Module):
         before = anchors                                            # this layer's anchor, with its gradient
         for layer in self.layers:
             pos = self.anchor_embed(sine_embedding(anchors[..., [1, 0, 2, 3]], x.shape[-1] // 2).flatten(-2))
-            x = layer(x, pos, anchors, memory, shapes, blocked)
+            x = through(layer, self.again, x, pos, anchors, memory, shapes, blocked)
             state = heads.norm(x)                                   # the class and mask heads will normalise it again, as released
             states.append((state, refine(before, heads.box_head(state))))
             before = refine(anchors, heads.box_head(x))
@@ -915,6 +928,12 @@ def build(config: Config, classes: dict) -> MaskDINO:
     return model
 
 
+def say(text: str) -> None:
+    """Prints, in the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
+
+
 def save(path: str | os.PathLike, content: dict) -> None:
     """torch.save under a temporary name, then renamed: a killed run never leaves half a checkpoint."""
     temporary = Path(f"{path}.tmp")
@@ -1054,8 +1073,9 @@ def turn_levels(name: str, x: Tensor, config: Config) -> Tensor:
 def to_official(model: MaskDINO) -> dict[str, Tensor]:
     """The model's weights as a released checkpoint has them, aliases and buffers included."""
     config, state = model.config, {}
-    if not config.masks or model.label_embed is None or config.decoder_levels:
-        raise ConfigError("the released format has no place for this model: it knows models with masks, denoising, and a decoder that sees every level")
+    if not config.masks or model.label_embed is None or config.decoder_levels or config.backbone == "resnet10" or config.backbone_norm == "group":
+        raise ConfigError("the released format has no place for this model: it knows models with masks, denoising, a decoder that sees every level, "
+                          "batch norms, and no ResNet-10")
     for name, x in model.state_dict().items():
         state |= dict.fromkeys(official_names(name, config), turn_levels(name, x, config))
     weight = torch.ones(model.num_classes + 1)
@@ -1134,8 +1154,8 @@ def official_config(state: dict[str, Tensor], source: object, **overrides) -> Co
             raise ConfigError(f"--{key}={value} contradicts {source}, which has {facts[key]}: leave it out")
     config = dataclasses.replace(config, **overrides)
     guessed = ("box_init", "queries", "test_short", "test_long", "object_threshold", "overlap_threshold", "temperature")
-    print(f"{source}: a released checkpoint, {config.task}, {config.backbone}, levels {','.join(map(str, config.levels))}, {labels} classes; "
-          f"taken from preset {name}: " + ", ".join(f"{key}={getattr(config, key)}" for key in guessed if key not in facts and key not in overrides))
+    say(f"{source}: a released checkpoint, {config.task}, {config.backbone}, levels {','.join(map(str, config.levels))}, {labels} classes; "
+        f"taken from preset {name}: " + ", ".join(f"{key}={getattr(config, key)}" for key in guessed if key not in facts and key not in overrides))
     return config
 
 
@@ -1232,7 +1252,8 @@ def start_from(model: MaskDINO, start: Start) -> str:
     carried = own.keys() & state.keys()
     for key in carried:
         if key.startswith(CLASS_ROWS):
-            own[key][[names.index(name) for name in common]] = state[key][[rows[name] for name in common]]
+            none = [-1] * (len(own[key]) > len(names) and len(state[key]) > len(rows))         # both heads have a row for no object
+            own[key][[names.index(name) for name in common] + none] = state[key][[rows[name] for name in common] + none]
         elif state[key].shape == own[key].shape:
             own[key].copy_(state[key])
         else:

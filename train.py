@@ -307,7 +307,7 @@ def adopt(config: Config, trained: Config, fields: Iterable[str], checkpoint: Pa
     """The configuration with a checkpoint's architecture; the differences are printed."""
     changes = {k: getattr(trained, k) for k in fields if getattr(trained, k) != getattr(config, k)}
     for name, value in changes.items():
-        print(f"{checkpoint} was trained with {name}={value}, not {getattr(config, name)}: its value is used")
+        maskdino.say(f"{checkpoint} was trained with {name}={value}, not {getattr(config, name)}: its value is used")
     return dataclasses.replace(config, **changes)
 
 
@@ -382,9 +382,7 @@ def run(name: str, overrides: dict, actions: dict, world: World) -> dict:
     torch.manual_seed(config.seed)
     model = maskdino.build(config, classes)
     if start:
-        said = maskdino.start_from(model, start)                    # instead of the backbone's ImageNet weights
-        if world.first:
-            print(said)
+        maskdino.say(maskdino.start_from(model, start))             # instead of the backbone's ImageNet weights
     elif content is None:
         maskdino.load_backbone_weights(model.backbone, config)
     state = State.fresh(model.to(world.device), config)

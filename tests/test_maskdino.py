@@ -601,6 +601,20 @@ def test_save_load_predict(tmp_path):
     assert len(again.predict([picture], threshold=1.0)[0]["scores"]) == 0
 
 
+@pytest.mark.parametrize("backbone", [{}, {"backbone_norm": "batch"}, {"backbone": "swin_t", "levels": (8, 16, 32)}])
+def test_checkpointed_activations_change_nothing(backbone):
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = MaskDINO(tiny(checkpoint_activations=again, **backbone), 7).train()
+        targets = [t | {"key": 1} for t in random_targets([2, 1])]
+        torch.manual_seed(1)                                                 # Swin's stochastic depth
+        total, _ = Criterion(model.config)(model(torch.full((2, 3, 64, 64), 100, dtype=torch.uint8), [(64, 64)] * 2, targets), targets)
+        total.backward()
+        found.append([total.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------------- released checkpoints
 RELEASED = {  # manifest: what has to be found out from names and shapes, and the preset that tells the rest
     "r50_instance_2048": dict(preset="coco_instance_r50_50ep", classes=80, box_init="mask2box", smallest_proposal="coarse", levels=(8, 16, 32, 64)),
@@ -658,13 +672,15 @@ def test_the_file_name_tells_what_shapes_do_not(tmp_path):
 
 def test_levels_of_models_that_count_from_coarse_to_fine():
     """An extra level comes after the backbone's in the list of projections, yet is the first for the encoder."""
-    model = maskdino.build(tiny(levels=(8, 16, 32, 64), smallest_proposal="fine"), CLASSES)
+    model = maskdino.build(tiny(backbone="resnet18", backbone_norm="frozen", levels=(8, 16, 32, 64), smallest_proposal="fine"), CLASSES)
     names = [maskdino.official_names(f"pixel_decoder.input_proj.{i}.0.weight", model.config)[0] for i in range(4)]
     assert names == [f"sem_seg_head.pixel_decoder.input_proj.{i}.0.weight" for i in (2, 1, 0, 3)]
     state = maskdino.to_official(model)
     assert torch.equal(state["sem_seg_head.pixel_decoder.transformer.level_embed"].flip(0), model.pixel_decoder.level_embed)
     again = maskdino.build(model.config, CLASSES)
     again.load_state_dict(maskdino.from_official(state, again, "round trip"))
+    with pytest.raises(ConfigError, match="no place for this model"):
+        maskdino.to_official(maskdino.build(tiny(), CLASSES))
     for name, x in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], x), name
 
@@ -699,6 +715,9 @@ def test_fine_tuning_with_other_classes(tmp_path):
     assert torch.equal(model.heads.class_head.weight[[1, 2]], old.heads.class_head.weight[[5, 2]])
     assert torch.equal(model.label_embed.weight[[1, 2]], old.label_embed.weight[[5, 2]])
     assert torch.equal(model.decoder.layers[0].ffn[0].weight, old.decoder.layers[0].ffn[0].weight)
+    none = [maskdino.build(tiny(class_loss="ce"), c) for c in (CLASSES, classes)]                  # with a row for no object
+    maskdino.start_from(none[1], maskdino.Start(none[0].state_dict(), none[0].config, CLASSES, "ce"))
+    assert torch.equal(none[1].heads.class_head.weight[[1, 2, 3]], none[0].heads.class_head.weight[[5, 2, 7]])
     strangers = maskdino.build(tiny(), {"names": ["x"], "category_ids": [1], "is_thing": [True]})
     assert "0 of 1 classes" in maskdino.start_from(strangers, maskdino.read_start(tmp_path / "old.pth"))
     with pytest.raises(ConfigError, match="needs .*: choose the preset"):
