@@ -135,7 +135,8 @@ def corners(value: Tensor, spatial_shapes: list[tuple[int, int]], reference_poin
     right, below = (size[0] > 1).int(), (size[1] > 1) * size[0].int()
     steps = torch.stack((0 * right, right, below, below + right))
     # The levels' numbers are spread over (M, L, P) beforehand: combining them with (B, Q, M, L, P) is then one long loop per query.
-    size = size.view(2, 1, 1, 1, L, 1).expand(-1, 1, 1, M, L, P).to(dtype)
+    size = size.view(2, 1, 1, 1, L, 1).expand(-1, 1, 1, M, L, P)
+    stride, size = (size[0] * M).int().contiguous(), size.to(dtype)
     ref = reference_points.to(dtype).movedim(-1, 0)[..., None, None, None]                              # (2 or 4, B, Q, 1, 1, 1)
     scale = torch.ones_like(size) if len(ref) == 2 else ref[2:] * (size / (2 * P))
     xy = torch.empty(2, *offsets.shape[:-1], dtype=dtype, device=device)            # in cells, whose centres lie at whole numbers
@@ -147,7 +148,8 @@ def corners(value: Tensor, spatial_shapes: list[tuple[int, int]], reference_poin
     start = torch.tensor([0, *(h * w for h, w in spatial_shapes[:-1])], device=device).cumsum(0)[:, None]
     image, head = (torch.arange(n, device=device)[:, None, None] for n in (B, M))
     base = ((image[..., None, None] * S + start) * M + head).int().expand(-1, -1, -1, -1, P).contiguous()
-    row = first[1].mul_(size[0] * M).add_(first[0], alpha=M).int().add_(base)
+    x0, y0 = first.int()
+    row = y0.mul_(stride).add_(x0, alpha=M).add_(base)
     return Corners(row, steps, distance, near, far, scale)
 
 

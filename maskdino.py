@@ -1123,6 +1123,9 @@ def official_config(state: dict[str, Tensor], source: object, **overrides) -> Co
             raise ConfigError(f"{source}: '{name}' is missing; the file is damaged or of another version: download it again")
         return tuple(state[name].shape)
 
+    def has(pattern: str) -> bool:
+        return any(re.match(pattern, key) for key in state)
+
     def count(pattern: str) -> int:
         return len({m[1] for key in state if (m := re.match(pattern, key))})
 
@@ -1135,13 +1138,13 @@ def official_config(state: dict[str, Tensor], source: object, **overrides) -> Co
     finest = 4 if (known and known[0] == shape("sem_seg_head.pixel_decoder.adapter_1.weight")[1]) else 8
     learned = "sem_seg_head.predictor.query_feat.weight"
     facts = {
-        "backbone": backbone_of(state, count, source), "backbone_norm": "batch" if "backbone.stem.conv1.norm.num_batches_tracked" in state else "frozen",
+        "backbone": backbone_of(has, shape, count, source), "backbone_norm": "batch" if has(r"backbone\.stem.*\.num_batches_tracked") else "frozen",
         "levels": tuple(finest * 2 ** i for i in range(L)), "hidden": shape(f"{proj}.0.0.weight")[0],
         "smallest_proposal": "coarse" if L < 2 or inputs[0][1] < inputs[1][1] else "fine",
         "enc_layers": count(re.escape(encoder) + r"\.(\d+)\."), "enc_ffn": shape(f"{encoder}.0.linear1.weight")[0],
         "dec_layers": count(re.escape(decoder) + r"\.(\d+)\."), "dec_ffn": shape(f"{decoder}.0.linear1.weight")[0],
-        "two_stage": "sem_seg_head.predictor.enc_output.weight" in state, "class_loss": "ce" if outputs == labels + 1 else "focal",
-        "content_queries": "learned" if learned in state and "sem_seg_head.predictor.enc_output.weight" in state else "selected",
+        "two_stage": has(r"sem_seg_head\.predictor\.enc_output"), "class_loss": "ce" if outputs == labels + 1 else "focal",
+        "content_queries": "learned" if learned in state and has(r"sem_seg_head\.predictor\.enc_output") else "selected",
         "task": {80: "instance", 133: "panoptic", 150: "semantic", 19: "semantic"}.get(labels, "instance")}
     if learned in state:
         facts["queries"] = shape(learned)[0]
@@ -1159,13 +1162,13 @@ def official_config(state: dict[str, Tensor], source: object, **overrides) -> Co
     return config
 
 
-def backbone_of(state: dict[str, Tensor], count: Callable[[str], int], source: object) -> str:
-    """The backbone's name by its blocks: how many the third stage has, and how wide the first is."""
-    if "backbone.patch_embed.proj.weight" in state:
-        key = count(r"backbone\.layers\.2\.blocks\.(\d+)\."), state["backbone.patch_embed.proj.weight"].shape[0]
+def backbone_of(has: Callable, shape: Callable, count: Callable, source: object) -> str:
+    """The backbone's name by its blocks: how many the third stage has, and how wide the first is. The functions are those of `official_config`."""
+    if has(r"backbone\.layers\."):
+        key = count(r"backbone\.layers\.2\.blocks\.(\d+)\."), shape("backbone.patch_embed.proj.weight")[0]
         found = {(6, 96): "swin_t", (18, 96): "swin_s", (18, 128): "swin_b", (18, 192): "swin_l"}.get(key)
     else:
-        key = count(r"backbone\.res4\.(\d+)\."), "backbone.res2.0.conv3.weight" in state                              # the latter: bottleneck blocks
+        key = count(r"backbone\.res4\.(\d+)\."), has(r"backbone\.res\d\.\d+\.conv3\.")                                  # the latter: bottleneck blocks
         found = {(6, True): "resnet50", (23, True): "resnet101", (2, False): "resnet18", (6, False): "resnet34"}.get(key)
     if not found:
         raise ConfigError(f"{source}: its backbone is none of ResNet-18, 34, 50, 101, Swin-T, S, B and L")
@@ -1175,7 +1178,7 @@ def backbone_of(state: dict[str, Tensor], count: Callable[[str], int], source: o
 def family(state: dict) -> str:
     """Whose checkpoint it is, by its names."""
     marks = {"DFormer": "predictor.time_mlp", "Mask2Former": "predictor.transformer_cross_attention_layers.0.",
-             "Mask DINO": "sem_seg_head.predictor.label_enc.", "DINO": "transformer.enc_out_class_embed.", "DETR": "transformer.decoder.layers.0."}
+             "Mask DINO": "sem_seg_head.predictor.", "DINO": "transformer.enc_out_class_embed.", "DETR": "transformer.decoder.layers.0."}
     return next((name for name, mark in marks.items() if any(mark in key for key in state)), "unknown")
 
 

@@ -207,8 +207,8 @@ def main() -> None:
             sys.exit(f"error: the {path} path failed:\n{ran.stderr}")
         rows[path] = json.loads(ran.stdout.splitlines()[-1])
     name = words[0] if words else "coco_instance_r50_50ep"
-    print(f"{name}, {config.image_size} x {config.image_size}, batch {config.total_batch}, {given['objects']} objects an image, {given['device']}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}; seconds, medians of {given['steps']}")
+    print(f"{name}, {config.image_size} x {config.image_size}, batch {config.total_batch}, {given['objects']} objects an image, {given['device']}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}; seconds, medians of {given['steps']}")
     columns = ("backbone", "encoder", "decoder", "matcher", "criterion", "backward", "optimizer", "step", "inference")
     print(f"{'':12}" + "".join(f"{name:>11}" for name in (*columns, "peak GB")))
     for path, row in rows.items():
