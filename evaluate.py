@@ -618,6 +618,7 @@ def main(argv: list[str] | None = None) -> None:
         world = start_world(actions["device"])
         model, _ = maskdino.load(checkpoint, world.device, **overrides)
         if actions["save_official"]:
+            Path(actions["save_official"]).absolute().parent.mkdir(parents=True, exist_ok=True)
             maskdino.save(actions["save_official"], {"model": maskdino.to_official(model)})
             print(f"{actions['save_official']}: the weights under the released code's names")
         elif actions["images"]:

@@ -948,7 +948,7 @@ def read_torch_file(path: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):     # what torch.load says of all that is not whole
-        raise ConfigError(f"{path} is not a file of PyTorch weights, or it is damaged") from None
+        raise ConfigError(f"{path} is not a file of PyTorch weights (of tensors and plain values: nothing else is read), or it is damaged") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
     return content
@@ -992,7 +992,7 @@ def weights_in(content: dict, path: str | os.PathLike) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
         raise ConfigError(f"{path} is no checkpoint: it should hold weights by name, or 'model', 'config' and 'classes' as train.py writes them, "
                           f"but has {', '.join(sorted(map(str, content))[:5]) or 'nothing'}")
-    return state
+    return {key.removeprefix("module."): x for key, x in state.items()}                        # as DistributedDataParallel calls them
 
 
 def read_weights(path: str | os.PathLike, **overrides) -> tuple[dict[str, Tensor], Config, dict]:

@@ -414,9 +414,9 @@ def test_released_names_there_and_back(tmp_path, capsys):
     model = maskdino.build(maskdino.preset("shapes", **SMALL), maskdino.class_list(80)).eval()
     content = {"model": model.state_dict(), "ema": None, "config": dataclasses.asdict(model.config), "classes": model.classes}
     torch.save(content, tmp_path / "ours.pth")
-    evaluate.main([f"{tmp_path}/ours.pth", f"--save_official={tmp_path}/theirs.pth", "--device=cpu"])
-    assert torch.load(tmp_path / "theirs.pth")["model"].keys() == maskdino.to_official(model).keys()
-    again, classes = maskdino.load(tmp_path / "theirs.pth", queries=6, test_short=128, test_long=128)
+    evaluate.main([f"{tmp_path}/ours.pth", f"--save_official={tmp_path}/new/theirs.pth", "--device=cpu"])
+    assert torch.load(tmp_path / "new/theirs.pth")["model"].keys() == maskdino.to_official(model).keys()
+    again, classes = maskdino.load(tmp_path / "new/theirs.pth", queries=6, test_short=128, test_long=128)
     assert "taken from preset" in capsys.readouterr().out and classes == model.classes
     picture = np.random.default_rng(0).integers(0, 256, (60, 70, 3), np.uint8)
     a, b = again.predict([picture])[0], model.predict([picture])[0]
