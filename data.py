@@ -10,6 +10,7 @@ Boxes are (cx, cy, w, h) in 0..1 unless said otherwise. Notation: B batch, N obj
 """
 import argparse
 import colorsys
+import copy
 import json as jsonlib
 import math
 import os
@@ -200,7 +201,7 @@ class CocoDataset(torch.utils.data.Dataset):
         self.class_names: list[str] = [str(category.get("name", category["id"])) for category in categories]
         self.is_thing: list[bool] = [True] * len(categories)
         self.has_truth = bool(content.get("annotations"))
-        self.transform, self.boxes_only = transform, boxes_only
+        self.transform, self.boxes_only, self.images_only = transform, boxes_only, False
         annotations = self._clean(content, json)
         kept = [row for row in content["images"] if keep_empty or any(not a.crowd for a in annotations[row["id"]])]
         kept = kept[:max_images or None]
@@ -253,6 +254,12 @@ class CocoDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    def without_objects(self) -> "CocoDataset":
+        """The same images with empty targets: evaluation scores against `truth()`, and masks that nobody looks at need not be drawn."""
+        other = copy.copy(self)
+        other.images_only = True
+        return other
+
     def annotations(self, index: int) -> list[Annotation]:
         """The cleaned annotations of an image, crowds included."""
         end = self._ends[index]
@@ -268,7 +275,7 @@ class CocoDataset(torch.utils.data.Dataset):
         """
         index, key = item if isinstance(item, tuple) else (item, 0)
         image = self._open(index)
-        objects = [a for a in self.annotations(index) if not a.crowd]
+        objects = [] if self.images_only else [a for a in self.annotations(index) if not a.crowd]
         target = {"labels": torch.tensor([a.label for a in objects], dtype=torch.int64),
                   "masks": rasterise([a.segmentation for a in objects], image.height, image.width),
                   "image_id": self.image_ids[index], "original_size": (image.height, image.width)}

@@ -168,7 +168,7 @@ def evaluate(model, dataset, out: Path, *, batch_size: int = 1, workers: int = 0
 def _share(model, dataset, rank: int, world: int, batch_size: int, workers: int) -> list:
     """This rank's part of the results, [(image id, entries)]. Masks become RLE image by image, so memory does not grow with them."""
     ids = _category_ids(model.classes, dataset)
-    part, pin = Subset(dataset, range(rank, len(dataset), world)), next(model.parameters()).device.type == "cuda"
+    part, pin = Subset(dataset.without_objects(), range(rank, len(dataset), world)), next(model.parameters()).device.type == "cuda"
     loader = DataLoader(part, batch_size, num_workers=workers, collate_fn=data.collate, pin_memory=pin)
     share = []
     with _inference(model):

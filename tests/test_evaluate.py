@@ -217,6 +217,15 @@ def test_labels_are_matched_by_name(tmp_path):
         evaluate.evaluate(Oracle(CLASSES | {"names": ["a", "b", "c"]}), dataset, tmp_path)
 
 
+def test_evaluation_draws_no_truth(tmp_path, monkeypatch):
+    """Masks of the truth are for training; here they would be work for nothing."""
+    dataset, drawn = dataset_of(make_coco(tmp_path / "coco")), []
+    rasterise = data.rasterise
+    monkeypatch.setattr(data, "rasterise", lambda objects, *size: drawn.extend(objects) or rasterise(objects, *size))
+    assert evaluate.evaluate(Oracle(), dataset, tmp_path)["mask_AP"] == 100 and not drawn
+    assert sum(len(dataset[i][1]["masks"]) for i in range(len(dataset))) == len(drawn) > 0
+
+
 def test_a_json_without_annotations_gives_predictions_only(tmp_path, capsys):
     metrics = evaluate.evaluate(Oracle(), dataset_of(make_coco(tmp_path / "coco", annotated=False)), tmp_path)
     assert metrics["box_AP"] is metrics["mask_AP"] is None and metrics["per_class"] == {}
