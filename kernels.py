@@ -183,7 +183,7 @@ def attend_backward(grad: Tensor, value: Tensor, spatial_shapes: list[tuple[int,
     table = F.pad(table, (0, 0, 0, max(0, L * P - len(table))))
     for row, _, _ in c.four():
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR")                         # "is in beta state"
+            warnings.filterwarnings("ignore", "Sparse")                             # "CSR is in beta state", "invariant checks are disabled"
             wanted = torch.sparse_csr_tensor(bags, row.view(-1), torch.zeros_like(a).view(-1), (len(grad), len(table)), check_invariants=False)
         dots.append(torch.sparse.sampled_addmm(wanted, grad, table.t(), beta=0).values().view_as(a))
     (left, upper), (right, lower) = c.near, c.far
