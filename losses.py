@@ -4,7 +4,7 @@ A prediction carries mask embeddings instead of masks. Costs sample the pixel em
 queries alone: full masks of all queries, which are most of the work elsewhere, are never made. Notation as in maskdino.py.
 """
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -13,9 +13,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, sigmoid_focal_loss
-
-if TYPE_CHECKING:
-    from maskdino import Config
 
 WEIGHTS = {"class": 4.0, "l1": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}      # of costs and losses alike (appendix B.1)
 
@@ -134,10 +131,10 @@ def assign(cost: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
 class Criterion(nn.Module):
     """Hybrid matching and the losses of every prediction set: focal class, L1 and GIoU box, point-sampled BCE and dice mask.
 
-    All parts are divided by the number of objects (times groups for denoising) and weigh the same in every set.
+    All parts are divided by the number of objects (times groups for denoising) and weigh the same in every set. config: a maskdino.Config.
     """
 
-    def __init__(self, config: "Config") -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
         self.weights = {k: w for k, w in WEIGHTS.items() if config.masks or k not in ("mask", "dice")}
