@@ -963,13 +963,18 @@ def read_checkpoint(path: str | os.PathLike, **overrides) -> tuple[dict, Config]
     if not OWN <= content.keys():
         raise ConfigError(f"{path} is not a checkpoint of this project: it needs 'model', 'config' and 'classes', "
                           f"but holds {', '.join(sorted(map(str, content))[:5])}")
+    return content, config_in(content, path, **overrides)
+
+
+def config_in(content: dict, path: str | os.PathLike, **overrides) -> Config:
+    """The configuration in what a checkpoint of train.py holds."""
     if unknown := sorted(content["config"].keys() - {field.name for field in dataclasses.fields(Config)}):
         raise ConfigError(f"{path} was written by another version: its configuration has {', '.join(unknown)}, which this one does not know")
     config = Config(**content["config"])
     for name, value in overrides.items():
         if name in ARCHITECTURE and value != getattr(config, name):
             raise ConfigError(f"--{name}={value} contradicts {path}, which was trained with {getattr(config, name)}: leave it out")
-    return content, dataclasses.replace(config, **overrides)
+    return dataclasses.replace(config, **overrides)
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
@@ -995,12 +1000,10 @@ def weights_in(content: dict, path: str | os.PathLike) -> dict[str, Tensor]:
     return {key.removeprefix("module."): x for key, x in state.items()}                        # as DistributedDataParallel calls them
 
 
-def read_weights(path: str | os.PathLike, **overrides) -> tuple[dict[str, Tensor], Config, dict]:
-    """Weights under our names, configuration and classes of a checkpoint of train.py (its averaged weights, if it has some) or of a released one."""
-    content = read_torch_file(Path(path))
+def read_weights(content: dict, path: str | os.PathLike, **overrides) -> tuple[dict[str, Tensor], Config, dict]:
+    """Weights under our names, configuration and classes in a checkpoint of train.py (its averaged weights, if it has some) or in a released one."""
     if OWN <= content.keys():
-        content, config = read_checkpoint(path, **overrides)
-        return content["ema"] or content["model"], config, content["classes"]
+        return content["ema"] or content["model"], config_in(content, path, **overrides), content["classes"]
     state, remedy = weights_in(content, path), {"DINO": "it can only be a start: python train.py PRESET --finetune=..."}
     if (kind := family(state)) != "Mask DINO":
         raise ConfigError(f"{path} is a checkpoint of {kind}, not of Mask DINO: {remedy.get(kind, 'it cannot be used here')}" if kind != "unknown" else
@@ -1017,7 +1020,7 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu", **override
 
     `overrides` change fields of Config that are no architecture, such as test_short. Raises ConfigError for a file that is something else.
     """
-    state, config, classes = read_weights(path, **overrides)
+    state, config, classes = read_weights(read_torch_file(Path(path)), path, **overrides)
     model = build(config, classes)
     fill(model, state, path)
     return model.to(device).eval(), classes
@@ -1045,14 +1048,19 @@ OFFICIAL = [                                                            # our na
 ]
 
 
+def renamed(name: str, table: list[tuple]) -> str:
+    for pattern, new in table:
+        name = re.sub(pattern, new, name)
+    return name
+
+
 def official_names(name: str, config: Config) -> list[str]:
     """All names that one of our tensors has in a released checkpoint; the first is its own, the others are aliases of the same tensor."""
     if config.smallest_proposal == "fine" and (m := re.match(r"pixel_decoder\.input_proj\.(\d)\.", name)):
         backbone_levels = sum(stride <= 32 for stride in config.levels)
         if int(m[1]) < backbone_levels:                                 # these models count the backbone's levels from coarse to fine, extra ones after
             name = name.replace(m[0], f"pixel_decoder.input_proj.{backbone_levels - 1 - int(m[1])}.")
-    for pattern, new in OFFICIAL:
-        name = re.sub(pattern, new, name)
+    name = renamed(name, OFFICIAL)
     numbers = range(config.dec_layers)
     return [name, *(name.replace("._bbox_embed.", f".{where}bbox_embed.{i}.") for where in ("", "decoder.") for i in numbers if "._bbox_embed." in name),
             *([name.replace(".decoder_norm.", ".decoder.norm.")] if ".decoder_norm." in name else [])]
@@ -1187,12 +1195,7 @@ def swin_weights(content: dict, body: nn.Module) -> dict[str, Tensor]:
 
     The classifier (final norm and head) and Microsoft's attention masks are left out; other names that `body` lacks stay in, for `fill` to complain about.
     """
-    names = {}                                                          # Microsoft's -> ours
-    for name in body.state_dict():
-        theirs = f"backbone.body.{name}"
-        for pattern, new in OFFICIAL:
-            theirs = re.sub(pattern, new, theirs)
-        names[theirs.removeprefix("backbone.")] = name
+    names = {renamed(f"backbone.body.{name}", OFFICIAL).removeprefix("backbone."): name for name in body.state_dict()}          # Microsoft's -> ours
     state = {names.get(key, key.removeprefix("features.")): x for key, x in content.get("model", content).items()
              if not key.startswith(("norm.", "head.")) and not key.endswith(".attn_mask")}
     return {key: x.view(math.isqrt(x.numel()), -1) if key.endswith(".relative_position_index") else x for key, x in state.items()}
@@ -1220,10 +1223,7 @@ def from_dino(state: dict[str, Tensor], model: MaskDINO, category_ids: list[int]
     """
     ours = {}
     for name in model.state_dict():
-        theirs = name
-        for pattern, new in DINO:
-            theirs = re.sub(pattern, new, theirs)
-        if theirs in state:
+        if (theirs := renamed(name, DINO)) in state:
             ours[name] = state[theirs][category_ids] if name.startswith(CLASS_ROWS) else state[theirs]
     return ours
 
@@ -1241,7 +1241,7 @@ def read_start(path: str, **overrides) -> Start:
     content = read_torch_file(Path(path))
     if OWN - content.keys() and family(state := weights_in(content, path)) == "DINO":
         return Start(state, None, class_list(80), path)
-    return Start(*read_weights(path, **overrides), path)
+    return Start(*read_weights(content, path, **overrides), path)
 
 
 def start_from(model: MaskDINO, start: Start) -> str:

@@ -62,25 +62,20 @@ def worst(rung, case, **more):
     return kernels.errors(rung, *random_inputs(B, Q, shapes, **{"M": 2, "D": 32, "P": 4, "device": DEVICE, **shape, **more}))
 
 
+RUNGS = [kernels.in_closed_form, pytest.param(kernels.by_triton, marks=needs_triton)]
+
+
 @pytest.mark.parametrize("dtype", kernels.TOLERANCE, ids=str)
 @pytest.mark.parametrize("box", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_closed_form(case, box, dtype):
-    found = worst(kernels.in_closed_form, case, box=box, dtype=dtype)
+@pytest.mark.parametrize("rung", RUNGS)
+def test_rungs_against_float64(rung, case, box, dtype):
+    """Triton on a GPU for real, without one interpreted: the arithmetic is the same, races and launches are not seen."""
+    found = worst(rung, case, box=box, dtype=dtype)
     assert max(found.values()) < kernels.TOLERANCE[dtype], found
 
 
-@needs_triton
-@pytest.mark.parametrize("dtype", kernels.TOLERANCE, ids=str)
-@pytest.mark.parametrize("box", [False, True])
-@pytest.mark.parametrize("case", CASES)
-def test_triton(case, box, dtype):
-    """On a GPU for real, without one interpreted: the arithmetic is the same, races and launches are not seen."""
-    found = worst(kernels.by_triton, case, box=box, dtype=dtype)
-    assert max(found.values()) < kernels.TOLERANCE[dtype], found
-
-
-@pytest.mark.parametrize("rung", [kernels.in_closed_form, pytest.param(kernels.by_triton, marks=needs_triton)])
+@pytest.mark.parametrize("rung", RUNGS)
 def test_borders_and_far_away(rung):
     """Points on cell centres, on the map's edge, one cell outside, and 1e6 or 1e30 cells away; zero outside."""
     where = torch.tensor([-1e30, -1e6, -1.0, -0.5, 0, 1, 2.5, 3, 3.5, 4, 5, 1e6, 1e30], dtype=torch.float64, device=DEVICE)
