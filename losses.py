@@ -63,15 +63,18 @@ def point_sample(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def uncertain_points(maps: Tensor, candidates: Tensor, extra: Tensor) -> Tensor:
-    """PointRend's importance sampling (arXiv 1912.08193): of the candidates (n, 3P, 2) those whose logits are nearest to 0, and random ones.
+    """PointRend's importance sampling (arXiv 1912.08193): of the candidates those whose logits are nearest to 0, and random ones.
 
-    maps (n, h, w) logits, extra (n, P / 4, 2) -> (n, P, 2). The choice carries no gradient.
+    maps (R, n, h, w) logits, candidates (R, m, 3P, 2), extra (R, m, P / 4, 2) -> (R, n, P, 2). m = n, or m = 1: maps share their set's draws, which
+    costs a third, as every map is sampled at the same places; every map still chooses for itself. The choice carries no gradient.
     """
+    R, m, count, _ = candidates.shape
+    n = maps.shape[1]
     with torch.no_grad():
-        P = candidates.shape[1] // 3
-        uncertainty = -point_sample(maps[:, None], candidates)[:, 0].abs()
-        chosen = uncertainty.topk(P - extra.shape[1]).indices[..., None].expand(-1, -1, 2)
-        return torch.cat([candidates.gather(1, chosen), extra], 1)
+        uncertainty = point_sample(maps.view(R * m, n // m, *maps.shape[2:]), candidates.flatten(0, 1)).view(R, n, count).abs_()
+        chosen = uncertainty.topk(count // 3 - extra.shape[2], largest=False, sorted=False).indices
+        chosen = candidates.expand(-1, n, -1, -1).gather(2, chosen[..., None].expand(-1, -1, -1, 2))
+        return torch.cat([chosen, extra.expand(-1, n, -1, -1)], 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------- matching
@@ -109,7 +112,7 @@ def matching_cost(sets: Prediction, pixels: Tensor, truth: Truth, points: Tensor
         t = t.unflatten(-1, (places, P)).expand(-1, -1, R, -1)                                                          # (B, N, R, P)
         # BCE with logits is softplus(x) - x t: the sum over points splits into a term of the query and a matrix product.
         cost["mask"] = (F.softplus(x).sum(-1)[..., None] - torch.einsum("rbqp,bnrp->rbqn", x, t)) / P
-        p = x.sigmoid()
+        p = x.sigmoid_()
         both = torch.einsum("rbqp,bnrp->rbqn", p, t)
         cost["dice"] = 1 - (2 * both + 1) / (p.sum(-1)[..., None] + t.sum(-1).permute(2, 0, 1)[:, :, None] + 1)
     return cost
@@ -148,7 +151,7 @@ class Criterion(nn.Module):
 
         num_objects: normaliser; default the objects in this batch. In distributed or accumulated training: max(objects in the effective batch, 1)
         divided by the number of processes. points: given draws, {"match": (1 or R, B, P, 2), "sets": [(candidates, extra)] per image, "denoising": the same},
-        candidates (R, G * n, 3P, 2), extra (R, G * n, P / 4, 2), all uniform in 0..1; default: drawn from each image's generator.
+        candidates (R, m, 3P, 2), extra (R, m, P / 4, 2), m = G * n or 1, all uniform in 0..1; default: drawn from each image's generator, m = 1.
         """
         device = targets[0]["labels"].device
         with torch.autocast(device.type, enabled=False):
@@ -207,14 +210,14 @@ class Criterion(nn.Module):
         if n == 0:
             nothing = embeddings.sum(-1) + 0 * pixels.sum()                                                 # (R, 0), yet in the graph
             return nothing, nothing
-        maps = torch.einsum("rqc,chw->rqhw", embeddings, pixels).flatten(0, 1)                              # only the matched rows' masks
+        maps = torch.einsum("rqc,chw->rqhw", embeddings, pixels)                                            # only the matched rows' masks
         if draws is None:
-            draws = [torch.rand((R * total, count, 2), generator=g, device=pixels.device).to(pixels) for count in (3 * P, P - int(0.75 * P))]
-        points = uncertain_points(maps, *(d.flatten(0, -3) for d in draws))                                 # (R * G * n, P, 2)
-        x = point_sample(maps[:, None], points)[:, 0]
+            draws = [torch.rand((R, 1, count, 2), generator=g, device=pixels.device).to(pixels) for count in (3 * P, P - int(0.75 * P))]
+        points = uncertain_points(maps, *draws).flatten(0, 1)                                               # (R * G * n, P, 2)
+        x = point_sample(maps.flatten(0, 1)[:, None], points)[:, 0]
         # Each object's mask is sampled once, with the points of all its rows.
-        grouped = points.view(-1, n, points.shape[1], 2).transpose(0, 1).flatten(1, 2)                      # (n, R * G * P, 2)
-        t = point_sample(masks[:, None].to(x), grouped)[:, 0].view(n, -1, points.shape[1]).transpose(0, 1).flatten(0, 1)
+        grouped = points.view(-1, n, P, 2).transpose(0, 1).flatten(1, 2)                                    # (n, R * G * P, 2)
+        t = point_sample(masks[:, None].to(x), grouped)[:, 0].view(n, -1, P).transpose(0, 1).flatten(0, 1)
         bce = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(-1)
         p = x.sigmoid()
         dice = 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)

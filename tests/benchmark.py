@@ -56,6 +56,8 @@ def plain_losses(output: Output, targets: list[dict], points: dict) -> tuple[Ten
             maps, wanted, parts = mask_logits(p.embeddings, output.pixels), torch.zeros_like(p.logits), defaultdict(float)      # all queries' masks
             for b, target in enumerate(targets):
                 n, match = len(target["labels"]), points["match"]
+                if not n:
+                    continue
                 if where:                                               # known: every group has its objects in order
                     query = torch.cat([g * slots + torch.arange(n, device=maps.device) for g in range(groups)])
                 else:
@@ -65,7 +67,7 @@ def plain_losses(output: Output, targets: list[dict], points: dict) -> tuple[Ten
                 parts["l1"] += (p.boxes[b, query] - boxes).abs().sum() / num / groups
                 parts["giou"] += (1 - giou(box_convert(p.boxes[b, query], "cxcywh", "xyxy"), box_convert(boxes, "cxcywh", "xyxy"))).sum() / num / groups
                 candidates, extra = points["denoising" if where else "sets"][b]
-                chosen = uncertain_points(maps[b, query], candidates[r], extra[r])
+                chosen = uncertain_points(maps[None, b, query], candidates[None, r], extra[None, r])[0]
                 x, t = point_sample(maps[b, query][:, None], chosen)[:, 0], point_sample(masks[:, None].to(maps), chosen)[:, 0]
                 parts["mask"] += F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(-1).sum() / num / groups
                 parts["dice"] += (1 - (2 * (x.sigmoid() * t).sum(-1) + 1) / (x.sigmoid().sum(-1) + t.sum(-1) + 1)).sum() / num / groups
@@ -74,12 +76,12 @@ def plain_losses(output: Output, targets: list[dict], points: dict) -> tuple[Ten
     return sum(WEIGHTS[name.rpartition("/")[2]] * value for name, value in found.items()), found
 
 
-def draw_points(output: Output, targets: list[dict], P: int, dtype: torch.dtype = torch.float32) -> dict:
-    """Random points in the shapes that `Criterion` and `plain_losses` take."""
+def draw_points(output: Output, targets: list[dict], P: int, dtype: torch.dtype = torch.float32, shared: bool = False) -> dict:
+    """Random points in the shapes that `Criterion` and `plain_losses` take; shared: by the masks of an image and set, as `Criterion` draws them."""
     device, R = targets[0]["labels"].device, len(output.sets)
 
     def rows(sets: int, groups: int) -> list[tuple[Tensor, Tensor]]:
-        sizes = [(sets, groups * len(t["labels"])) for t in targets]
+        sizes = [(sets, 1 if shared else groups * len(t["labels"])) for t in targets]
         return [tuple(torch.rand(*size, count, 2, dtype=dtype, device=device) for count in (3 * P, P - int(0.75 * P))) for size in sizes]
     points = {"match": torch.rand(1, len(targets), P, 2, dtype=dtype, device=device), "sets": rows(R, 1)}
     return points | ({"denoising": rows(len(output.denoising), output.groups)} if output.denoising else {})
