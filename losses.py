@@ -16,6 +16,10 @@ from torchvision.ops import box_convert, sigmoid_focal_loss
 
 WEIGHTS = {"class": 4.0, "l1": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}      # of costs and losses alike (appendix B.1)
 
+# Sampled logits made at once, in the matcher and in the losses (one set's at least): temporaries stay small enough for caches and for memory that is
+# used again. Everything at once needs gigabytes, which an operating system hands out more slowly than they are computed.
+POINTS_AT_ONCE = 2 ** 22
+
 
 # ---------------------------------------------------------------------------------------------------------------- what is compared
 class Prediction(NamedTuple):
@@ -62,6 +66,12 @@ def point_sample(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False)[..., 0]
 
 
+def sample_masks(masks: Tensor, points: Tensor) -> Tensor:
+    """Truth masks uint8 (n, H, W) at points (n, P, 2) -> (n, P). A few at a time become floats: a hundred full ones would be most of the memory."""
+    samples = [point_sample(m[:, None].to(p), p)[:, 0] for m, p in zip(masks.split(16), points.split(16), strict=True)]
+    return torch.cat(samples) if samples else points.new_zeros(points.shape[:2])
+
+
 def uncertain_points(maps: Tensor, candidates: Tensor, extra: Tensor) -> Tensor:
     """PointRend's importance sampling (arXiv 1912.08193): of the candidates those whose logits are nearest to 0, and random ones.
 
@@ -104,18 +114,24 @@ def matching_cost(sets: Prediction, pixels: Tensor, truth: Truth, points: Tensor
         cost["l1"] = (sets.boxes[..., :, None, :] - truth.boxes[None, :, None]).abs().sum(-1)
         cost["giou"] = -giou(box_convert(sets.boxes, "cxcywh", "xyxy")[..., :, None, :], box_convert(truth.boxes, "cxcywh", "xyxy")[None, :, None])
     if "mask" in parts:
-        places, _, P, _ = points.shape
-        flat = points.to(pixels).transpose(0, 1).flatten(1, 2)                                                                     # (B, R * P, 2)
-        pixel = point_sample(pixels, flat).unflatten(-1, (places, P))                                                   # (B, C, R, P)
-        x = torch.einsum("rbqc,bcrp->rbqp", sets.embeddings, pixel.expand(-1, -1, R, -1))
-        t = pad_sequence([point_sample(m[None].to(x), q[None])[0] for m, q in zip(truth.masks, flat, strict=True)], batch_first=True)
-        t = t.unflatten(-1, (places, P)).expand(-1, -1, R, -1)                                                          # (B, N, R, P)
-        # BCE with logits is softplus(x) - x t: the sum over points splits into a term of the query and a matrix product.
-        cost["mask"] = (F.softplus(x).sum(-1)[..., None] - torch.einsum("rbqp,bnrp->rbqn", x, t)) / P
-        p = x.sigmoid_()
-        both = torch.einsum("rbqp,bnrp->rbqn", p, t)
-        cost["dice"] = 1 - (2 * both + 1) / (p.sum(-1)[..., None] + t.sum(-1).permute(2, 0, 1)[:, :, None] + 1)
+        points = points.to(pixels).transpose(0, 1)                                                                      # (B, 1 or R, P, 2)
+        pixel = point_sample(pixels, points.flatten(1, 2)).unflatten(-1, points.shape[1:3]).movedim(2, 0)               # (1 or R, B, C, P)
+        t = [sample_masks(m, p.flatten(0, 1).expand(len(m), -1, -1)) for m, p in zip(truth.masks, points, strict=True)]
+        t = pad_sequence(t, batch_first=True).unflatten(-1, points.shape[1:3]).movedim(2, 0)                            # (1 or R, B, N, P)
+        at_once = max(1, POINTS_AT_ONCE // (B * Q * points.shape[2]))
+        chunks = zip(*(v.expand(R, -1, -1, -1).split(at_once) for v in (sets.embeddings, pixel, t)), strict=True)
+        parts = [mask_costs(*chunk) for chunk in chunks]
+        cost["mask"], cost["dice"] = (torch.cat(part) for part in zip(*parts, strict=True))
     return cost
+
+
+def mask_costs(embeddings: Tensor, pixel: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """BCE and dice, each (R, B, Q, N), between queries (R, B, Q, C) and objects t (R, B, N, P) at P points of the pixel embedding, (R, B, C, P)."""
+    x = embeddings @ pixel                                                                                              # (R, B, Q, P)
+    # BCE with logits is softplus(x) - x t: the sum over points splits into a term of the query and a matrix product.
+    bce = (F.softplus(x).sum(-1)[..., None] - x @ t.mT) / x.shape[-1]
+    p = x.sigmoid_()
+    return bce, 1 - (2 * (p @ t.mT) + 1) / (p.sum(-1)[..., None] + t.sum(-1)[:, :, None] + 1)
 
 
 def assign(cost: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
@@ -210,18 +226,24 @@ class Criterion(nn.Module):
         if n == 0:
             nothing = embeddings.sum(-1) + 0 * pixels.sum()                                                 # (R, 0), yet in the graph
             return nothing, nothing
-        maps = torch.einsum("rqc,chw->rqhw", embeddings, pixels)                                            # only the matched rows' masks
         if draws is None:
             draws = [torch.rand((R, 1, count, 2), generator=g, device=pixels.device).to(pixels) for count in (3 * P, P - int(0.75 * P))]
-        points = uncertain_points(maps, *draws).flatten(0, 1)                                               # (R * G * n, P, 2)
-        x = point_sample(maps.flatten(0, 1)[:, None], points)[:, 0]
-        # Each object's mask is sampled once, with the points of all its rows.
-        grouped = points.view(-1, n, P, 2).transpose(0, 1).flatten(1, 2)                                    # (n, R * G * P, 2)
-        t = point_sample(masks[:, None].to(x), grouped)[:, 0].view(n, -1, P).transpose(0, 1).flatten(0, 1)
-        bce = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(-1)
-        p = x.sigmoid()
-        dice = 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
-        return bce.view(R, total), dice.view(R, total)
+        at_once = max(1, POINTS_AT_ONCE // (3 * P * total))
+        parts = [point_losses(torch.einsum("rqc,chw->rqhw", e, pixels), masks, uncertain, extra)                        # only the matched rows' masks
+                 for e, uncertain, extra in zip(*(v.split(at_once) for v in (embeddings, *draws)), strict=True)]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def point_losses(maps: Tensor, masks: Tensor, candidates: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+    """BCE and dice, each (R, q), of mask logits maps (R, q = G * n, h, w) against truth masks (n, H, W), at points chosen by `uncertain_points`."""
+    points = uncertain_points(maps, candidates, extra).flatten(0, 1)                                        # (R * q, P, 2)
+    x = point_sample(maps.flatten(0, 1)[:, None], points)[:, 0]
+    grouped = points.unflatten(0, (-1, len(masks))).transpose(0, 1).flatten(1, 2)                           # (n, R * G * P, 2): each mask sampled once
+    t = sample_masks(masks, grouped).unflatten(1, (-1, points.shape[1])).transpose(0, 1).flatten(0, 1)      # (R * q, P)
+    bce = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(-1)
+    p = x.sigmoid()
+    dice = 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
+    return bce.view(maps.shape[:2]), dice.view(maps.shape[:2])
 
 
 def cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
