@@ -43,16 +43,21 @@ class Truth(NamedTuple):
     labels: Tensor          # (B, N) int64
     boxes: Tensor           # (B, N, 4)
     valid: Tensor           # (B, N) bool
+    boxed: Tensor           # (B, N) bool: objects whose boxes count; with decoupled boxes things alone
     counts: list[int]
     masks: list[Tensor] | None
+    ignore: list[Tensor | None]         # (H, W) bool an image: pixels that take no part in costs and losses of masks
 
     @classmethod
-    def of(cls, targets: list[dict], masks: bool) -> Self:
+    def of(cls, targets: list[dict], masks: bool, boxed: Tensor | None = None) -> Self:
+        """boxed (K,) bool: the classes whose boxes count; None: all."""
         labels = pad_sequence([t["labels"] for t in targets], batch_first=True)
         boxes = pad_sequence([t["boxes"] for t in targets], batch_first=True)
         counts = [len(t["labels"]) for t in targets]
         valid = torch.arange(labels.shape[1])[None] < torch.tensor(counts)[:, None]
-        return cls(labels, boxes, valid.to(labels.device), counts, [t["masks"] for t in targets] if masks else None)
+        valid = valid.to(labels.device)
+        boxed = valid if boxed is None else valid & boxed.to(labels.device)[labels]
+        return cls(labels, boxes, valid, boxed, counts, [t["masks"] for t in targets] if masks else None, [t.get("ignore") for t in targets])
 
 
 def generator(target: dict, stream: int, device: torch.device) -> torch.Generator:
@@ -70,6 +75,17 @@ def sample_masks(masks: Tensor, points: Tensor) -> Tensor:
     """Truth masks uint8 (n, H, W) at points (n, P, 2) -> (n, P). A few at a time become floats: a hundred full ones would be most of the memory."""
     samples = [point_sample(m[:, None].to(p), p)[:, 0] for m, p in zip(masks.split(16), points.split(16), strict=True)]
     return torch.cat(samples) if samples else points.new_zeros(points.shape[:2])
+
+
+def move_points(points: Tensor, ignore: Tensor) -> Tensor:
+    """Points (..., P, 2) of an image, those that touch an ignored pixel moved onto others that do not, in turn. ignore (H, W) bool.
+
+    So costs and losses, which are means over points, know nothing of what is ignored, and need not ask.
+    """
+    touches = point_sample(ignore[None, None].to(points), points.reshape(1, -1, 2)).view(points.shape[:-1]) > 0
+    kept = (~touches).sum(-1, keepdim=True).clamp(min=1)
+    index = touches.int().argsort(stable=True).gather(-1, (torch.arange(points.shape[-2], device=points.device) % kept))
+    return points.gather(-2, index[..., None].expand(points.shape))
 
 
 def uncertain_points(maps: Tensor, candidates: Tensor, extra: Tensor) -> Tensor:
@@ -113,8 +129,13 @@ def matching_cost(sets: Prediction, pixels: Tensor, truth: Truth, points: Tensor
     if "l1" in parts:
         cost["l1"] = (sets.boxes[..., :, None, :] - truth.boxes[None, :, None]).abs().sum(-1)
         cost["giou"] = -giou(box_convert(sets.boxes, "cxcywh", "xyxy")[..., :, None, :], box_convert(truth.boxes, "cxcywh", "xyxy")[None, :, None])
+        boxed = truth.boxed[:, None]                                                                                    # (B, 1, N)
+        for part in ("l1", "giou"):                         # decoupled boxes (section 3.6): stuff costs what things cost on average, so that it can compete
+            mean = (cost[part] * boxed).sum((2, 3), keepdim=True) / (boxed.sum((1, 2), keepdim=True) * Q).clamp(min=1)
+            cost[part] = torch.where(boxed, cost[part], mean)
     if "mask" in parts:
-        points = points.to(pixels).transpose(0, 1)                                                                      # (B, 1 or R, P, 2)
+        points = points.to(pixels).unbind(1)                                                                            # (1 or R, P, 2) each
+        points = torch.stack([p if i is None else move_points(p, i) for p, i in zip(points, truth.ignore, strict=True)])   # (B, 1 or R, P, 2)
         pixel = point_sample(pixels, points.flatten(1, 2)).unflatten(-1, points.shape[1:3]).movedim(2, 0)               # (1 or R, B, C, P)
         t = [sample_masks(m, p.flatten(0, 1).expand(len(m), -1, -1)) for m, p in zip(truth.masks, points, strict=True)]
         t = pad_sequence(t, batch_first=True).unflatten(-1, points.shape[1:3]).movedim(2, 0)                            # (1 or R, B, N, P)
@@ -151,11 +172,13 @@ class Criterion(nn.Module):
     """Hybrid matching and the losses of every prediction set: focal class, L1 and GIoU box, point-sampled BCE and dice mask.
 
     All parts are divided by the number of objects (times groups for denoising) and weigh the same in every set. config: a maskdino.Config.
+    is_thing: of each class; stuff of panoptic models has no box loss (decoupled boxes, section 3.6).
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, is_thing: Sequence[bool] | None = None) -> None:
         super().__init__()
         self.config = config
+        self.boxed = torch.tensor(is_thing) if is_thing and config.task == "panoptic" and config.decoupled_boxes else None
         self.weights = {k: w for k, w in WEIGHTS.items() if config.masks or k not in ("mask", "dice")}
         if not config.box_loss:
             self.weights |= {"l1": 0.0, "giou": 0.0}            # still computed, so that the box head stays in the graph
@@ -172,7 +195,7 @@ class Criterion(nn.Module):
         device = targets[0]["labels"].device
         with torch.autocast(device.type, enabled=False):
             pixels = None if output.pixels is None else full_precision(output.pixels)
-            truth = Truth.of(targets, masks=self.config.masks)
+            truth = Truth.of(targets, self.config.masks, self.boxed)
             num = float(max(sum(truth.counts), 1)) if num_objects is None else num_objects
             generators = [generator(t, 1, device) for t in targets]
             points = points or {"match": self.draw_match_points(generators, device)}
@@ -208,18 +231,21 @@ class Criterion(nn.Module):
             losses = {"class": cross_entropy(sets.logits, wanted)}
         own = sets.boxes[r, b, query]                                                                       # (R, B, G * N, 4)
         overlap = giou(box_convert(own, "cxcywh", "xyxy"), box_convert(boxes, "cxcywh", "xyxy"))
-        losses["l1"] = ((own - boxes).abs().sum(-1) * found).sum((1, 2)) / num
-        losses["giou"] = ((1 - overlap) * found).sum((1, 2)) / num
+        counts = found & truth.boxed.repeat(1, groups)                                                      # yet divided by all objects
+        losses["l1"] = ((own - boxes).abs().sum(-1) * counts).sum((1, 2)) / num
+        losses["giou"] = ((1 - overlap) * counts).sum((1, 2)) / num
         if truth.masks is not None:
             own = sets.embeddings[r, b, query].unflatten(2, (groups, -1))                                   # (R, B, G, N, C)
-            parts = [self.mask_losses(own[:, i, :, :n].flatten(1, 2), pixels[i], truth.masks[i], draws[i] if draws else None, generators[i])
+            parts = [self.mask_losses(own[:, i, :, :n].flatten(1, 2), pixels[i], truth.masks[i], truth.ignore[i],
+                                      draws[i] if draws else None, generators[i])
                      for i, n in enumerate(truth.counts)]
             kept = [found[:, i].unflatten(1, (groups, -1))[:, :, :n].flatten(1) for i, n in enumerate(truth.counts)]
             for k, name in enumerate(("mask", "dice")):
                 losses[name] = sum((part[k] * keep).sum(1) for part, keep in zip(parts, kept, strict=True)) / num
         return losses
 
-    def mask_losses(self, embeddings: Tensor, pixels: Tensor, masks: Tensor, draws: tuple | None, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    def mask_losses(self, embeddings: Tensor, pixels: Tensor, masks: Tensor, ignore: Tensor | None, draws: tuple | None,
+                    g: torch.Generator) -> tuple[Tensor, Tensor]:
         """BCE and dice, each (R, G * n), of one image's matched rows: embeddings (R, G * n, C), pixels (C, h, w), masks (n, H, W)."""
         R, total, _ = embeddings.shape
         n, P = len(masks), self.config.mask_points
@@ -228,6 +254,8 @@ class Criterion(nn.Module):
             return nothing, nothing
         if draws is None:
             draws = [torch.rand((R, 1, count, 2), generator=g, device=pixels.device).to(pixels) for count in (3 * P, P - int(0.75 * P))]
+        if ignore is not None:
+            draws = [move_points(d, ignore) for d in draws]
         at_once = max(1, POINTS_AT_ONCE // (3 * P * total))
         parts = [point_losses(torch.einsum("rqc,chw->rqhw", e, pixels), masks, uncertain, extra)                        # only the matched rows' masks
                  for e, uncertain, extra in zip(*(v.split(at_once) for v in (embeddings, *draws)), strict=True)]

@@ -93,6 +93,7 @@ class Config:
     box_noise: float = 0.4
     matching: Literal["hybrid", "box", "mask"] = "hybrid"            # cost terms beside the class (Table 13)
     box_loss: bool = True                                            # False: Table 11, "mask only"
+    decoupled_boxes: bool = True                                     # panoptic: stuff has no boxes in losses and matching (Table 14)
     mask_points: int = 12544                                         # points per mask in matching and losses
     detections: int = 100                                            # instances kept per image at inference
     object_threshold: float = 0.25                                   # panoptic: queries below it are not drawn
@@ -123,6 +124,7 @@ class Config:
     ema: float = 0.0                                                 # decay; 0 = off
     precision: Literal["auto", "fp32", "bf16"] = "auto"              # auto: bf16 autocast on GPUs that have it
     checkpoint_activations: bool = False                             # layers are computed again for their backward: less memory, more time
+    compile: bool = False                                            # torch.compile of backbone and layers: two graphs each on mixed image sizes
     seed: int = 0
     max_bad_steps: int = 10                                          # non-finite losses in a row until the run stops
     log_every: int = 20                                              # steps
@@ -725,6 +727,11 @@ class MaskDINO(nn.Module):
         self.query_selection = QuerySelection(config)
         self.decoder = Decoder(config)
         self.label_embed = nn.Embedding(num_classes, config.hidden) if config.denoising != "none" else None
+
+    def compile_regions(self) -> None:
+        """torch.compile of the parts without data-dependent shapes. Dynamic: one graph serves all image sizes, one more the square ones."""
+        for region in (self.backbone, *self.pixel_decoder.layers, *self.decoder.layers):
+            region.compile(dynamic=True)
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
         x = (images - self.mean) / self.std

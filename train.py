@@ -386,6 +386,8 @@ def run(name: str, overrides: dict, actions: dict, world: World) -> dict:
     elif content is None:
         maskdino.load_backbone_weights(model.backbone, config)
     state = State.fresh(model.to(world.device), config)
+    if config.compile:
+        model.compile_regions()
     if content:
         state.restore(content)
         if world.first:

@@ -3,6 +3,7 @@ import benchmark
 import pytest
 import torch
 
+import losses
 import maskdino
 from losses import Criterion
 from maskdino import preset
@@ -36,3 +37,36 @@ def test_lean_equals_plain(dtype, tolerance, counts, shared):
         assert value.item() == pytest.approx(float(torch.as_tensor(plain_parts[name]).detach()), rel=tolerance, abs=tolerance), name
     scale = max(g.abs().max() for g in plain_gradients)
     assert max((a - b).abs().max() for a, b in zip(lean_gradients, plain_gradients)) / scale < tolerance
+
+
+def test_ignored_pixels_take_no_part():
+    """Neither in the matching nor in the losses: whatever truth and prediction say there, all stays the same, and no gradient flows there."""
+    config = preset("shapes", task="semantic", class_loss="ce", two_stage=False, box_init="token", denoising="none", mask_points=64)
+    g = torch.Generator().manual_seed(0)
+    prediction = losses.Prediction(torch.randn(1, 6, 4, generator=g), torch.rand(1, 6, 4, generator=g), torch.randn(1, 6, 8, generator=g))
+    ignore = torch.zeros(64, 64, dtype=torch.bool)
+    ignore[:, 24:] = True                                               # from the seventh cell of 4 pixels on
+    found = []
+    for beyond in (0, 1):
+        masks = torch.zeros(2, 64, 64, dtype=torch.uint8)
+        masks[0, :32, :24] = masks[1, 32:, :24] = 1
+        masks[:, :, 24:] = beyond
+        pixels = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(1))
+        pixels[..., 7:] += 5 * beyond
+        pixels.requires_grad_()
+        boxes = torch.tensor([[0.2, 0.25, 0.4, 0.5], [0.2, 0.75, 0.4, 0.5]])
+        target = {"labels": torch.tensor([0, 2]), "boxes": boxes, "masks": masks, "ignore": ignore, "key": 3}
+        total, _ = Criterion(config)(losses.Output((64, 64), pixels, {"layer1": prediction}, {}, 0), [target])
+        total.backward()
+        assert pixels.grad[..., :6].abs().sum() > 0 and not pixels.grad[..., 7:].any()
+        found.append((total.detach(), pixels.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_moved_points():
+    ignore = torch.zeros(4, 4, dtype=torch.bool)
+    ignore[:, 2:] = True                                                # a sample left of 0.375 has no part in the third column
+    points = torch.tensor([[0.2, 0.5], [0.9, 0.9], [0.3, 0.1], [0.6, 0.0], [0.45, 0.0]])
+    assert torch.equal(losses.move_points(points, ignore), points[[0, 2, 0, 2, 0]])
+    assert torch.equal(losses.move_points(points.expand(2, 3, 5, 2), ignore)[1, 2], points[[0, 2, 0, 2, 0]])
+    assert torch.equal(losses.move_points(points, torch.zeros(4, 4, dtype=torch.bool)), points)
