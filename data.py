@@ -577,7 +577,7 @@ def _segments_of(row: dict, labels: dict[int, int], json: str | Path) -> list[Se
     """An image's segments_info, checked."""
     where = f"{json}: image {row['image_id']}"
     for number, segment in enumerate(row["segments_info"]):
-        if missing := [key for key in ("id", "category_id") if key not in segment]:
+        if missing := [key for key in ("id", "category_id") if not isinstance(segment, dict) or key not in segment]:
             raise DataError(f"{where}: segments_info[{number}] has no {' and no '.join(missing)}")
         if segment["category_id"] not in labels:
             raise DataError(f"{where}: segment {segment['id']} has the category id {segment['category_id']}, which 'categories' does not list: add it there")
@@ -682,7 +682,7 @@ def open_split(task: str, split: str, transform: Callable, *, data_dir: str | Pa
     if task == "semantic":
         return SemanticDataset(*find_semantic(data_dir, split, images, labels, classes), transform, max_images=max_images)
     options = {"keep_empty": keep_empty, "max_images": max_images}
-    if task == "panoptic" or json is None and Path(data_dir or ".", "gtFine").is_dir():
+    if task == "panoptic" or panoptic or json is None and Path(data_dir or ".", "gtFine").is_dir():
         return PanopticDataset(*find_panoptic(data_dir, split, json, panoptic, images), transform, things=task != "panoptic", **options)
     return CocoDataset(*find_coco(data_dir, split, json, images), transform, boxes_only=task == "detection", **options)
 
@@ -690,28 +690,28 @@ def open_split(task: str, split: str, transform: Callable, *, data_dir: str | Pa
 def find_semantic(data_dir: str | Path | None, split: str, images: str | Path | None = None, labels: str | Path | None = None,
                   classes: str | Path | None = None) -> tuple[Path, Path, Coding]:
     """(image folder, folder of label PNGs, how they tell classes) of a split, "train" or "val"; see open_split."""
-    root = Path(data_dir or ".")
-    own = images or labels or classes
+    def folder(name: str, flag: str) -> Path:
+        return _first_path(data_dir, None, [name], Path.is_dir, f"{split}_{flag}")
+
     known = jsonlib.loads((Path(__file__).parent / "assets/classes.json").read_text())
+    root, own = Path(data_dir or "."), images or labels or classes
     if not own and (root / "gtFine").is_dir():
         names, ids = known["cityscapes"]["names"], known["cityscapes"]["category_ids"]
-        folder = _first_path(root, None, [f"gtFine/{split}"], Path.is_dir, f"{split}_labels")
         coding = Coding(names, list(range(len(names))), [255], ids, "_leftImg8bit", "_gtFine_labelTrainIds.png")
-        if next(folder.rglob("*_gtFine_labelTrainIds.png"), None) is None:  # not converted: raw ids 0 .. 33, most of them no class
-            coding = coding._replace(values=ids, ignored=[value for value in (*range(34), 255) if value not in ids], label_end="_gtFine_labelIds.png")
-        return _first_path(root, None, [f"leftImg8bit/{split}"], Path.is_dir, f"{split}_images"), folder, coding
+        if next(root.glob(f"gtFine/{split}/*/*{coding.label_end}"), None) is None:  # not converted: raw ids 0 .. 33, most of them no class
+            coding = coding._replace(values=ids, ignored=[value for value in range(34) if value not in ids], label_end="_gtFine_labelIds.png")
+        return folder(f"leftImg8bit/{split}", "images"), folder(f"gtFine/{split}", "labels"), coding
     if not own and (root / "images/training").is_dir():
-        part = {"train": "training", "val": "validation"}[split]
         names, ids = known["ade20k"]["names"], known["ade20k"]["category_ids"]
-        return (*(_first_path(root, None, [f"{kind}/{part}"], Path.is_dir, flag) for kind, flag in (("images", f"{split}_images"),
-                ("annotations", f"{split}_labels"))), Coding(names, ids, [0], ids))
-    folder = _first_path(data_dir, labels, [f"labels/{stem}" for stem in _stems(split)], Path.is_dir, f"{split}_labels")
+        part = {"train": "training", "val": "validation"}[split]
+        return folder(f"images/{part}", "images"), folder(f"annotations/{part}", "labels"), Coding(names, ids, [0], ids)
+    label_folder = _first_path(data_dir, labels, [f"labels/{stem}" for stem in _stems(split)], Path.is_dir, f"{split}_labels")
     file = _first_path(data_dir, classes, ["classes.txt", "names.txt"], Path.is_file, "classes")
     names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not 0 < len(set(names)) == len(names) <= 255:
         raise DataError(f"{file} has {len(names)} classes, {len(set(names))} of them different: 1 to 255 names are needed, one a line, each once")
     numbers = list(range(len(names)))
-    return _find_images(data_dir, split, images), folder, Coding(names, numbers, [255], numbers)
+    return _find_images(data_dir, split, images), label_folder, Coding(names, numbers, [255], numbers)
 
 
 def boxes_of_masks(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
