@@ -65,7 +65,9 @@ def find_panoptic(data_dir: str | Path | None, split: str, json: str | Path | No
     """(json file, folder of panoptic PNGs, image folder), as find_coco: of COCO's tree (annotations/panoptic_val2017.json) or Cityscapes'."""
     jsons = [name.format(stem) for stem in _stems(split) for name in ("annotations/panoptic_{}.json", "panoptic_{}.json")]
     json = _first_path(data_dir, json, [*jsons, f"gtFine/cityscapes_panoptic_{split}.json"], Path.is_file, f"{split}_json")
-    folders = [str(json.absolute().with_suffix("")), *(f"panoptic_{stem}" for stem in _stems(split))]
+    if panoptic is None and json.with_suffix("").is_dir():  # as both benchmarks are unpacked
+        panoptic = json.with_suffix("")
+    folders = [f"panoptic_{stem}" for stem in _stems(split)]
     return json, _first_path(data_dir, panoptic, folders, Path.is_dir, f"{split}_panoptic"), _find_images(data_dir, split, images)
 
 
