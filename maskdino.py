@@ -101,7 +101,9 @@ class Config:
     temperature: float = 0.06                                        # panoptic, semantic: sharpens class scores; 0 = leaves them
     # data
     image_size: int = 1024                                           # training: jittered, cropped and padded to this square
-    scale_jitter: tuple[float, float] = (0.1, 2.0)                   # of the size that fits
+    crop_height: int = 0                                             # semantic: of the crops, where they are wider than high; 0 = image_size
+    scale_jitter: tuple[float, float] = (0.1, 2.0)                   # of the size that fits; semantic: of the shorter edge
+    single_category: float = 1.0                                     # semantic: no class has a larger share of a crop; 1 = off
     flip: float = 0.5
     test_short: int = 800
     test_long: int = 1333
@@ -159,14 +161,21 @@ ARCHITECTURE = ("model", "task", "backbone", "backbone_norm", "levels", "decoder
                 "dec_layers", "dec_ffn", "queries", "two_stage", "content_queries", "box_init", "smallest_proposal", "initial_prediction", "class_loss",
                 "denoising")
 
+SHAPES = dict(
+    backbone="resnet18", backbone_norm="group", backbone_weights="none", levels=(8, 16), hidden=96, heads=6, enc_layers=1, enc_ffn=512, dec_layers=3,
+    dec_ffn=512, queries=30, denoising_queries=30, mask_points=256, image_size=128, scale_jitter=(1.0, 1.0), test_short=128, test_long=128,
+    keep_empty=True, workers=0, total_batch=4, iterations=3500, lr=8e-4, backbone_lr=1.0, lr_schedule="cosine", warmup=200, clip=0.1,
+    checkpoint_every=1000, evaluate_every=2)
+
 # One row a preset: overrides of Config and, under "about", what the row claims; under "released", what is in the name of its official checkpoint.
 PRESETS: dict[str, dict] = {
-    "shapes": dict(
-        about="generated shapes, 128 pixels, from scratch, on a laptop's CPU in 10 minutes",
-        backbone="resnet18", backbone_norm="group", backbone_weights="none", levels=(8, 16), hidden=96, heads=6, enc_layers=1, enc_ffn=512, dec_layers=3,
-        dec_ffn=512, queries=30, denoising_queries=30, mask_points=256, image_size=128, scale_jitter=(1.0, 1.0), test_short=128, test_long=128,
-        keep_empty=True, workers=0, total_batch=4, iterations=3500, lr=8e-4, backbone_lr=1.0, lr_schedule="cosine", warmup=200, clip=0.1,
-        checkpoint_every=1000, evaluate_every=2),
+    "shapes": dict(about="generated shapes, 128 pixels, from scratch, on a laptop's CPU in 10 minutes", **SHAPES),
+    "shapes_panoptic": dict(
+        about="the same with its ground as stuff, on a laptop's CPU in 10 minutes",
+        task="panoptic", box_init="token", **SHAPES),
+    "shapes_semantic": dict(
+        about="the same, a class for every pixel, on a laptop's CPU in 10 minutes",
+        **SHAPES | dict(task="semantic", class_loss="ce", two_stage=False, box_init="token", denoising="none", scale_jitter=(1.0, 1.5))),
     "overfit": dict(
         about="a few real images learned by heart, on a CPU in 20 minutes: --data=DIR --max_images=8",
         backbone="resnet10", backbone_norm="group", backbone_weights="none", levels=(8, 16, 32), hidden=128, enc_layers=1, enc_ffn=512, dec_layers=3,
@@ -182,16 +191,18 @@ PRESETS: dict[str, dict] = {
                                      backbone="swin_l", levels=(4, 8, 16, 32, 64), box_init="bitmask"),
     "coco_instance_swinl_50ep_token": dict(about="paper: mask AP 52.1, box AP 58.3 (Table 3), without mask-enhanced boxes", released="mask52.1ap_box58.3ap",
                                            backbone="swin_l", levels=(4, 8, 16, 32, 64), box_init="token"),
+    "coco_panoptic_r50_12ep": dict(about="paper: PQ 49.0 (Table 4)", task="panoptic", box_init="token", iterations=88_500, lr_drops=(81_125,)),
+    "coco_panoptic_r50_24ep": dict(about="paper: PQ 51.5 (Table 4)", task="panoptic", box_init="token", iterations=177_000, lr_drops=(147_500,)),
     "coco_panoptic_r50_50ep": dict(about="paper: PQ 53.0 (Table 4)", released="panoptic_pq53.0", task="panoptic", box_init="token"),
     "coco_panoptic_swinl_50ep": dict(about="paper: PQ 58.3 (Table 4)", released="panoptic_58.3pq", task="panoptic", backbone="swin_l",
                                      levels=(4, 8, 16, 32, 64), box_init="token"),
     "ade20k_semantic_r50": dict(
         about="paper: mIoU 48.7 (Table 5)", released="ade20k_48.7miou", task="semantic", class_loss="ce", two_stage=False, levels=(8, 16, 32), enc_ffn=1024,
-        queries=100, box_init="token", smallest_proposal="fine", image_size=512, test_short=512, test_long=2048, iterations=160_000,
+        queries=100, box_init="token", smallest_proposal="fine", image_size=512, scale_jitter=(0.5, 2.0), test_short=512, test_long=2048, iterations=160_000,
         lr_drops=(135_000, 150_000)),
     "cityscapes_semantic_r50": dict(
         about="paper: mIoU 80.0 (Table 6)", released="cityscapes_79.8miou", task="semantic", class_loss="ce", two_stage=False, levels=(8, 16, 32), enc_ffn=1024,
-        queries=100, box_init="token", smallest_proposal="fine", backbone_norm="batch", test_short=1024, test_long=2048, iterations=90_000,
+        queries=100, box_init="token", smallest_proposal="fine", backbone_norm="batch", crop_height=512, scale_jitter=(0.5, 2.0), test_short=1024, test_long=2048, iterations=90_000,
         lr_drops=(80_000, 87_000)),
 }
 

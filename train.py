@@ -47,7 +47,7 @@ from losses import Criterion
 from maskdino import Config, ConfigError, MaskDINO
 
 ACTIONS = {"help": bool, "list": bool, "data": str, "out": str, "resume": bool, "overwrite": bool, "epochs": float, "device": str, "finetune": str,
-           "train_json": str, "train_images": str, "val_json": str, "val_images": str}
+           "classes": str, "val_instances": str} | {f"{split}_{kind}": str for split in ("train", "val") for kind in data.FLAGS}
 SHAPES = Path("datasets/shapes")                                        # where the generated data set lives
 RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pth", "result.json", "results_bbox.json", "results_segm.json", "predictions.png", "curves.png")
 
@@ -177,7 +177,7 @@ def train(state: State, config: Config, dataset: data.CocoDataset, out: Path, wo
     sampler = data.BatchSampler(len(dataset), total_batch=config.total_batch, world=world.size, rank=world.rank, accumulate=config.accumulate,
                                 seed=config.seed, start_step=state.step, steps=stop)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=data.collate, num_workers=config.workers, pin_memory=world.device.type == "cuda")
-    criterion = Criterion(config)
+    criterion = Criterion(config, state.model.classes["is_thing"])
     network = state.model.train()
     if world.size > 1:
         network = DistributedDataParallel(network, device_ids=[world.device] if world.device.type == "cuda" else None)
@@ -260,25 +260,30 @@ def cut_log(out: Path, step: int) -> None:
     log.write_text("".join(f"{line}\n" for line in kept))
 
 
-def open_data(config: Config, actions: dict, world: World, name: str) -> tuple[data.CocoDataset, data.CocoDataset]:
+def open_data(config: Config, actions: dict, world: World, name: str) -> tuple[data.ImageDataset, data.ImageDataset]:
     """Training and evaluation data. Prints what was found. Raises DataError or ConfigError before anything expensive begins."""
-    where = actions.get("data")
-    if where is None and name.startswith("shapes") and "train_json" not in actions:
+    where, by_hand = actions.get("data"), {"train_json", "train_images", "train_labels"} & actions.keys()
+    if where is None and not by_hand:
+        if not name.startswith("shapes"):
+            raise ConfigError("training needs data: --data=DIR (a COCO, ADE20K or Cityscapes tree), or own files by --train_json=FILE --train_images=DIR "
+                              "--val_json=FILE --val_images=DIR (see the README)")
         where = SHAPES
         if world.first:
             data.make_shapes(SHAPES)
         if world.size > 1:
             dist.barrier()
-    if where is None and "train_json" not in actions:
-        raise ConfigError("training needs data: --data=DIR (a COCO tree) or --train_json=FILE --train_images=DIR --val_json=FILE --val_images=DIR")
-    jitter = data.large_scale_jitter(config.image_size, config.scale_jitter, config.flip)
+    if config.task == "semantic":
+        jitter = data.semantic_jitter((config.crop_height or config.image_size, config.image_size), config.scale_jitter, config.flip, config.single_category)
+    else:
+        jitter = data.large_scale_jitter(config.image_size, config.scale_jitter, config.flip)
     resize = partial(evaluate.resize_for_test, short=config.test_short, long=config.test_long)
 
-    def split(which: str, transform, keep_empty: bool) -> data.CocoDataset:
-        paths = data.find_coco(where, which, actions.get(f"{which}_json"), actions.get(f"{which}_images"))
-        dataset = data.CocoDataset(*paths, transform, keep_empty=keep_empty, max_images=config.max_images, boxes_only=not config.masks)
+    def split(which: str, transform, keep_empty: bool) -> data.ImageDataset:
+        paths = {kind: actions.get(f"{which}_{kind}") for kind in data.FLAGS}
+        dataset = data.open_split(config.task, which, transform, data_dir=where, **paths, classes=actions.get("classes"), keep_empty=keep_empty,
+                                  max_images=config.max_images)
         if world.first:
-            print(f"{which} data: {paths[0]}, images in {paths[1]}: {len(dataset)} images, {len(dataset.class_names)} classes")
+            print(f"{which} data: {dataset.source}: {len(dataset)} images, {len(dataset.class_names)} classes")
         return dataset
     training = split("train", jitter, config.keep_empty)
     if config.evaluate_on == "train":
@@ -363,8 +368,6 @@ def finish(state: State, config: Config, name: str, overrides: dict, out: Path, 
 def run(name: str, overrides: dict, actions: dict, world: World) -> dict:
     """One whole run: data, model, training, evaluation. Returns its result.json."""
     config = maskdino.preset(name, **overrides)
-    if config.task in ("panoptic", "semantic"):
-        raise ConfigError(f"--task={config.task}: models for it can be loaded and used (evaluate.py), but their training is not built yet")
     check_batch(config, world)
     out = Path(actions.get("out") or Path("runs") / name)
     checkpoint = prepare_folder(out, actions)
