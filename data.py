@@ -1,15 +1,17 @@
-"""Data: COCO's instance format, and `shapes`, a generated data set in that same format.
+"""Data: COCO instances and panoptic, ADE20K, Cityscapes, own files laid out as these are; and `shapes`, a generated data set in the same formats.
 
     python data.py                                  # makes datasets/shapes if it is not there, counts it, draws a page of augmented samples
-    python data.py /data/coco --split=val --out=page.png
+    python data.py /data/coco --task=panoptic --split=val --out=page.png
 
-From a file to a batch: find_coco names the files -> CocoDataset reads and cleans the json once and gives one sample per (index, key)
--> large_scale_jitter augments it -> collate pads samples to one size. BatchSampler says which samples a step takes.
+From a file to a batch: open_split finds the files -> a data set reads what describes them once and gives one sample per (index, key):
+the transform chooses a View of the image, the truth is drawn in that view alone -> collate pads samples to one size.
+BatchSampler says which samples a step takes.
 
-Boxes are (cx, cy, w, h) in 0..1 unless said otherwise. Notation: B batch, N objects, (H, W) pixels of one sample, (Hp, Wp) padded pixels.
+Boxes are (cx, cy, w, h) in 0..1 unless said otherwise. Notation: B batch, N objects, (H0, W0) pixels of a file, (H, W) of one sample, (Hp, Wp) padded.
 """
 import argparse
 import colorsys
+import contextlib
 import copy
 import json as jsonlib
 import math
@@ -18,18 +20,22 @@ import pickle
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
 from pycocotools import mask as mask_api
+from torchvision.transforms import v2
 from tqdm import tqdm
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")  # of pictures
 
 
 class DataError(ValueError):
@@ -40,37 +46,54 @@ class DataError(ValueError):
 # Files: where a data set lies, and what its json says
 
 
-def find_coco(data_dir: str | Path, split: str, json: str | Path | None = None, images: str | Path | None = None) -> tuple[Path, Path]:
+def find_coco(data_dir: str | Path | None, split: str, json: str | Path | None = None, images: str | Path | None = None) -> tuple[Path, Path]:
     """(json file, image folder) of a split, "train" or "val", below data_dir; a path given by hand is taken as it is.
 
     Known are COCO's own tree (annotations/instances_val2017.json, val2017/) and the names that exporters give: see the two lists.
     Raises DataError naming what was looked for.
     """
-    names = {"train": ["train"], "val": ["val", "valid", "validation"]}.get(split, [split])
-    stems = [name + year for name in names for year in ("2017", "", "2014")]
     jsons = ["annotations/instances_{}.json", "annotations/{}.json", "instances_{}.json", "{}.json",
              "{}/_annotations.coco.json", "{}/annotations.json"]
-    folders = ["{}/images", "{}", "images/{}", "images"]
-    return (_first_path(data_dir, json, [name.format(stem) for stem in stems for name in jsons], Path.is_file, f"{split}_json"),
-            _first_path(data_dir, images, [name.format(stem) for name in folders for stem in stems], Path.is_dir, f"{split}_images"))
+    return (_first_path(data_dir, json, [name.format(stem) for stem in _stems(split) for name in jsons], Path.is_file, f"{split}_json"),
+            _find_images(data_dir, split, images))
 
 
-def _first_path(data_dir: str | Path, given: str | Path | None, candidates: list[str], exists: Callable[[Path], bool], flag: str) -> Path:
+def find_panoptic(data_dir: str | Path | None, split: str, json: str | Path | None = None, panoptic: str | Path | None = None,
+                  images: str | Path | None = None) -> tuple[Path, Path, Path]:
+    """(json file, folder of panoptic PNGs, image folder), as find_coco: of COCO's tree (annotations/panoptic_val2017.json) or Cityscapes'."""
+    jsons = [name.format(stem) for stem in _stems(split) for name in ("annotations/panoptic_{}.json", "panoptic_{}.json")]
+    json = _first_path(data_dir, json, [*jsons, f"gtFine/cityscapes_panoptic_{split}.json"], Path.is_file, f"{split}_json")
+    folders = [str(json.absolute().with_suffix("")), *(f"panoptic_{stem}" for stem in _stems(split))]
+    return json, _first_path(data_dir, panoptic, folders, Path.is_dir, f"{split}_panoptic"), _find_images(data_dir, split, images)
+
+
+def _stems(split: str) -> list[str]:
+    names = {"train": ["train"], "val": ["val", "valid", "validation"]}.get(split, [split])
+    return [name + year for name in names for year in ("2017", "", "2014")]
+
+
+def _find_images(data_dir: str | Path | None, split: str, given: str | Path | None) -> Path:
+    folders = ["{}/images", "{}", "images/{}", "leftImg8bit/{}", "images"]
+    return _first_path(data_dir, given, [name.format(stem) for name in folders for stem in _stems(split)], Path.is_dir, f"{split}_images")
+
+
+def _first_path(data_dir: str | Path | None, given: str | Path | None, candidates: list[str], exists: Callable[[Path], bool], flag: str) -> Path:
     """The given path, or else the first candidate below data_dir that exists."""
     if given is not None:
         if not exists(Path(given)):
             raise DataError(f"--{flag}={given} does not exist (or is no {'file' if exists is Path.is_file else 'folder'})")
         return Path(given)
-    if not Path(data_dir).is_dir():
+    data_dir = Path(data_dir or ".")
+    if not data_dir.is_dir():
         raise DataError(f"data folder {data_dir} does not exist; give another with --data=DIR")
-    found = [path for name in candidates if exists(path := Path(data_dir) / name)]
+    found = [path for name in candidates if exists(path := data_dir / name)]
     if not found:
         raise DataError(f"{data_dir} has none of {', '.join(dict.fromkeys(candidates))}; name it with --{flag}=PATH")
     return found[0]
 
 
-def read_coco(path: Path) -> dict:
-    """The json as a dict that has `images` and `categories`, with unique ids. Raises DataError for anything else."""
+def read_coco(path: Path, kind: str = "instance") -> dict:
+    """The json as a dict that has `images` and `categories`, with unique ids. kind: "instance" or "panoptic". Raises DataError for anything else."""
     try:
         content = jsonlib.loads(path.read_text(encoding="utf-8-sig"))  # -sig: some exporters write a byte-order mark
     except OSError as error:
@@ -80,12 +103,14 @@ def read_coco(path: Path) -> dict:
     if not isinstance(content, dict):
         raise DataError(f"{path} is not in COCO's format: it holds a {type(content).__name__}, not a dict with images, annotations, categories")
     needed = {"images": ("id", "file_name", "height", "width"), "categories": ("id",), "annotations": ("image_id", "category_id")}
+    if kind == "panoptic":
+        needed |= {"categories": ("id", "isthing"), "annotations": ("image_id", "file_name", "segments_info")}
     for part, keys in needed.items():
         if part not in content and part != "annotations":
             raise DataError(f"{path} is not in COCO's format: the key '{part}' is missing (there are: {', '.join(content)})")
         for number, row in enumerate(content.get(part) or []):
             if missing := [key for key in keys if not isinstance(row, dict) or key not in row]:
-                raise DataError(f"{path} is not in COCO's instance format: {part}[{number}] has no {' and no '.join(missing)}")
+                raise DataError(f"{path} is not in COCO's {kind} format: {part}[{number}] has no {' and no '.join(missing)}")
     for part in ("images", "categories"):
         twice = [key for key, count in Counter(row["id"] for row in content[part]).items() if count > 1]
         if twice:
@@ -165,60 +190,246 @@ def to_rle(segmentation: list | dict, height: int, width: int) -> dict:
     return segmentation if isinstance(segmentation, dict) else mask_api.merge(mask_api.frPyObjects(segmentation, height, width))
 
 
-def rasterise(segmentations: list[list | dict], height: int, width: int) -> torch.Tensor:
-    """Masks uint8 (N, H, W), 1 inside."""
-    if not segmentations:
-        return torch.zeros((0, height, width), dtype=torch.uint8)
-    masks = mask_api.decode([to_rle(segmentation, height, width) for segmentation in segmentations])  # (H, W, N), columns first
-    return torch.from_numpy(masks).permute(2, 0, 1)
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture file, to be decoded inside the `with`. Raises DataError for a broken one."""
+    try:
+        with Image.open(path) as file:
+            yield file
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError is how Pillow calls a broken PNG
+        raise DataError(f"image file {path} cannot be read ({error}): repair it, or take it out of the data set") from error
+
+
+def count_values(values: np.ndarray) -> dict[int, int]:
+    """{value: how many pixels have it} of a map of integers (H, W), ascending. Counted by runs: far quicker than np.unique, as maps are made of areas."""
+    flat = values.ravel()
+    starts = np.flatnonzero(np.diff(flat, prepend=flat[0] + 1))
+    found, which = np.unique(flat[starts], return_inverse=True)
+    return dict(zip(found.tolist(), np.bincount(which, np.diff(starts, append=flat.size)).astype(int).tolist(), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The data set
+# Views: the truth is brought into the frame of the crop, whatever it is made of
 
 
-class CocoDataset(torch.utils.data.Dataset):
-    """Images with their objects from a json in COCO's format, as in DETR's CocoDetection, except
-    - the json is read by itself and cleaned (what is left out is printed in one line), not by pycocotools;
-    - a sample is a function of (index, key) alone, whatever process or worker makes it;
-    - annotations are kept pickled in one array: forked workers share it, as no reference count in it ever changes.
+class View(NamedTuple):
+    """What a sample shows of an image: the image resized, a window of that, mirrored or not, in the upper left corner of a canvas. (height, width) each."""
 
-    json, images: the file and the folder its file names are relative to.
-    transform: callable(RGB PIL.Image, target) -> (image uint8 (3, H, W), target). It is given "labels" int64 (N,), "masks" uint8 (N, H0, W0),
-        "image_id" and "original_size" (H0, W0), and has to treat the masks as it treats the image, or may leave them as they are if it only
-        resizes, and sets "size" if it pads. Boxes are set afterwards from what it returns. It has to be picklable (a function or a partial, no lambda).
+    original: tuple[int, int]
+    resized: tuple[int, int]
+    corner: tuple[int, int]  # (top, left) of the window in the resized image
+    window: tuple[int, int]
+    canvas: tuple[int, int]
+    flip: bool = False
+
+    @classmethod
+    def whole(cls, original: tuple[int, int], size: tuple[int, int]) -> "View":
+        """All of the image, resized."""
+        return cls(original, size, (0, 0), size, size)
+
+    def inside(self, canvas: np.ndarray) -> np.ndarray:
+        """The window (..., h, w) of a canvas (..., H, W), not mirrored: what is written to it is mirrored in the canvas."""
+        window = canvas[..., :self.window[0], :self.window[1]]
+        return window[..., ::-1] if self.flip else window
+
+    def cut(self, image: Image.Image) -> Image.Image:
+        """The window of the resized image, without resizing the rest."""
+        (H, W), (h, w), (top, left), (rows, columns) = self[:4]
+        source = (left * W / w, top * H / h, (left + columns) * W / w, (top + rows) * H / h)
+        return image.resize((columns, rows), Image.Resampling.BILINEAR, box=source)
+
+    def lay(self, window: Image.Image) -> torch.Tensor:
+        """The canvas uint8 (3, H, W) with what `cut` gave; zeros elsewhere."""
+        canvas = np.zeros((3, *self.canvas), dtype=np.uint8)
+        self.inside(canvas)[:] = np.asarray(window).transpose(2, 0, 1)
+        return torch.from_numpy(canvas)
+
+    def nearest(self, values: np.ndarray) -> np.ndarray:
+        """The window (h, w) of a map (H0, W0): of every place the pixel whose centre is nearest."""
+        rows, columns = ((2 * np.arange(start, start + length) + 1) * old // (2 * new)
+                         for old, new, start, length in zip(*self[:4], strict=True))
+        return values.take(columns, axis=1).take(rows, axis=0)  # numpy's take copies runs: several times faster than indexing with both
+
+    def map(self, values: np.ndarray, empty: int) -> np.ndarray:
+        """A map (H0, W0) on the canvas (H, W); `empty` outside the image."""
+        canvas = np.full(self.canvas, empty, values.dtype)
+        self.inside(canvas)[:] = self.nearest(values)
+        return canvas
+
+    def polygon(self, polygon: list) -> np.ndarray:
+        """Corners (P, 2) x, y in pixels of the window."""
+        (H, W), (h, w), (top, left) = self[:3]
+        return np.array(polygon, dtype=np.float64).reshape(-1, 2) * (w / W, h / H) - (left, top)
+
+
+def rasterise(segmentations: list[list | dict], view: View) -> torch.Tensor:
+    """Masks uint8 (N, H, W) on the view's canvas, 1 inside. Polygons are drawn there, as sharp as it is; RLEs are picked by nearest pixel."""
+    masks = np.zeros((len(segmentations), *view.canvas), dtype=np.uint8)
+    for mask, segmentation in zip(masks, segmentations, strict=True):
+        if isinstance(segmentation, dict):
+            view.inside(mask)[:] = view.nearest(mask_api.decode(segmentation))
+        else:
+            _draw_polygons(view.inside(mask), [view.polygon(polygon) for polygon in segmentation])
+    return torch.from_numpy(masks)
+
+
+def _draw_polygons(window: np.ndarray, polygons: list[np.ndarray]) -> None:
+    """Sets the inside of polygons (P, 2) to 1 in a window (h, w). Only the box around them is touched: most objects are small, or out of sight."""
+    height, width = window.shape
+    points = np.concatenate(polygons)
+    left, top = np.clip(np.floor(points.min(0)), 0, (width, height)).astype(int)
+    right, bottom = np.clip(np.ceil(points.max(0)) + 1, 0, (width, height)).astype(int)
+    if left < right and top < bottom:
+        moved = [(polygon - (left, top)).ravel().tolist() for polygon in polygons]
+        window[top:bottom, left:right] = mask_api.decode(to_rle(moved, int(bottom - top), int(right - left)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data sets
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Images and what is known of them: all that data sets have in common.
+
+    A sample is a function of (index, key) alone, whatever process or worker makes it. A kind of data set sets the attributes below and defines
+    `read(index)`, the truth of an image as its files say it, and `draw(truth, view)`, that truth in a sample's frame: labels, masks uint8 (N, H, W) on the
+    view's canvas, and bool (H, W), what takes no part in mask losses, or None.
+
+    transform: callable(RGB PIL.Image, truth) -> (image uint8 (3, H, W), View), or None for the View when it resizes the whole image and no more.
+        It may look at the truth, which is what `read` returns, or None. It has to be picklable (a function or a partial, no lambda).
+    """
+
+    source: str  # where it was found, for printing
+    class_names: list[str]
+    category_ids: list[int]  # of each class: what the benchmark's files and servers call it
+    is_thing: list[bool]
+    image_ids: list  # int, or str where the benchmark has names
+    file_names: list[Path]
+    sizes: np.ndarray  # (images, 2) height, width
+    has_truth: bool = True
+    counted: str = "objects"  # what `contents` lists
+    sized_by = "the json"
+    images_only = False
+
+    def contents(self, index: int) -> list[tuple[int, bool]]:
+        """(label, crowd) of each object, segment or class in an image."""
+        return [(fact.label, fact.crowd) for fact in self._facts(index)]
+
+    def truth(self) -> dict | None:
+        """Objects as ground truth for pycocotools: {"info", "images", "annotations", "categories"}; None where there are none.
+
+        Annotation ids count from 1 (pycocotools never matches id 0), masks are RLE, crowds are kept; bbox (x, y, w, h) and area in pixels.
+        """
+        return None
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def without_objects(self) -> "ImageDataset":
+        """The same images with empty targets: evaluation scores against `truth()`, and masks that nobody looks at need not be drawn."""
+        other = copy.copy(self)
+        other.images_only = True
+        return other
+
+    def __getitem__(self, item: int | tuple[int, int]) -> tuple[torch.Tensor, dict]:
+        """item: index, or (index, key); key seeds this sample's augmentation, index alone means key 0.
+
+        Returns image uint8 (3, H, W) RGB and target = {"labels": int64 (N,), "boxes": float32 (N, 4) cxcywh in 0..1 of (H, W),
+        "masks": uint8 (N, H, W), none of them empty, "ignore": bool (H, W), what takes no part in mask losses, or None, "image_id", "size": (H, W)
+        without padding by the transform, "original_size": (H, W) of the file, "key": int}.
+        Raises DataError for a broken file, or one that contradicts what describes it.
+        """
+        index, key = item if isinstance(item, tuple) else (item, 0)
+        image, truth = self._open(index), None if self.images_only else self.read(index)
+        original = (image.height, image.width)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(key)  # not torch.manual_seed, which would seed the GPUs, too
+            image, view = self.transform(image, truth)
+        view = view or View.whole(original, tuple(image.shape[-2:]))
+        labels, masks, ignore = ([], torch.zeros((0, *view.canvas), dtype=torch.uint8), None) if truth is None else self.draw(truth, view)
+        labels, (boxes, seen) = torch.tensor(labels, dtype=torch.int64), boxes_of_masks(masks)
+        if not seen.all():
+            labels, boxes, masks = labels[seen], boxes[seen], masks[seen]
+        return image, {"labels": labels, "boxes": boxes, "masks": masks, "ignore": ignore, "image_id": self.image_ids[index], "size": view.window,
+                       "original_size": original, "key": key}
+
+    def _open(self, index: int) -> Image.Image:
+        """The image file as RGB."""
+        path, (height, width) = self.file_names[index], self._size(index)
+        with opened(path) as file:
+            image = file.convert("RGB")
+        if image.size != (width, height):
+            raise DataError(f"image file {path} is {image.width} x {image.height} pixels (width x height), "
+                            f"{self.sized_by} says {width} x {height}: correct one of them")
+        return image
+
+    def _size(self, index: int) -> tuple[int, int]:
+        return tuple(self.sizes[index].tolist())
+
+    def _set_classes(self, categories: list[dict]) -> dict[int, int]:
+        """Labels are indices into the categories in the order of their ids. Returns {category id: label}."""
+        categories = sorted(categories, key=lambda category: category["id"])
+        self.category_ids = [category["id"] for category in categories]
+        self.class_names = [str(category.get("name", category["id"])) for category in categories]
+        self.is_thing = [bool(category.get("isthing", True)) for category in categories]
+        return {category_id: label for label, category_id in enumerate(self.category_ids)}
+
+    def _set_images(self, rows: list[dict], facts: dict[int, list], json: str | Path, keep_empty: bool, max_images: int) -> list[dict]:
+        """Takes over a json's images and what is known of each image id (a list of tuples that have `crowd`). Returns the rows that are kept.
+
+        The facts are kept pickled in one array: forked workers share it, as no reference count in it ever changes.
+        """
+        kept = [row for row in rows if keep_empty or any(not fact.crowd for fact in facts[row["id"]])][:max_images or None]
+        if not kept:
+            raise DataError(f"{json} lists no images" + (" with objects (keep_empty=True keeps those without)" if rows else ""))
+        self.image_ids, self.sizes = [row["id"] for row in kept], np.array([(row["height"], row["width"]) for row in kept])
+        pickles = [pickle.dumps(facts[row["id"]]) for row in kept]
+        self._ends = np.cumsum([len(data) for data in pickles])
+        self._pickles = np.frombuffer(b"".join(pickles), dtype=np.uint8)
+        return kept
+
+    def _facts(self, index: int) -> list:
+        return pickle.loads(self._pickles[self._ends[index - 1] if index else 0:self._ends[index]].tobytes())
+
+    def _as_coco(self, annotations: list[dict], labels: Iterable[int]) -> dict:
+        """What pycocotools reads: annotations, numbered here, of these classes."""
+        images = [{"id": image_id, "file_name": path.name, "height": height, "width": width}
+                  for image_id, path, (height, width) in zip(self.image_ids, self.file_names, self.sizes.tolist(), strict=True)]
+        return {"info": {}, "images": images, "annotations": [{"id": number} | row for number, row in enumerate(annotations, start=1)],
+                "categories": [{"id": self.category_ids[label], "name": self.class_names[label]} for label in labels]}
+
+
+def _check_files(paths: list[Path], folder: str | Path, of: str | Path, what: str = "image") -> None:
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        names = ", ".join(map(str, missing[:5])) + (" ..." if len(missing) > 5 else "")
+        raise DataError(f"{len(missing)} of the {len(paths)} {what}s of {of} are not in the {what} folder {folder}: {names}; "
+                        f"give the folder that the names in {of} are relative to")
+
+
+class CocoDataset(ImageDataset):
+    """Images with their objects from a json in COCO's format, as in DETR's CocoDetection, except that the json is read by itself and cleaned
+    (what is left out is printed in one line), not by pycocotools.
+
+    json, images: the file and the folder its file names are relative to. transform: see ImageDataset; the truth it is given is a list of Annotation.
     keep_empty: keep images without objects. max_images: the first so many only; 0 is all.
     boxes_only: an annotation without a mask but with a box is kept, its mask the filled box (for detection); otherwise it is left out.
-    Labels are indices into class_names, the categories in the order of their ids.
     Raises DataError for whatever of the json or the image files is unusable and can be known now.
     """
 
     def __init__(self, json: str | Path, images: str | Path, transform: Callable, *, keep_empty: bool = True, max_images: int = 0,
                  boxes_only: bool = False):
         content = read_coco(Path(json))
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        self.category_ids: list[int] = [category["id"] for category in categories]
-        self.class_names: list[str] = [str(category.get("name", category["id"])) for category in categories]
-        self.is_thing: list[bool] = [True] * len(categories)
+        self.source, self.transform, self.boxes_only = f"{json}, images in {images}", transform, boxes_only
+        labels = self._set_classes([category | {"isthing": True} for category in content["categories"]])
         self.has_truth = bool(content.get("annotations"))
-        self.transform, self.boxes_only, self.images_only = transform, boxes_only, False
-        annotations = self._clean(content, json)
-        kept = [row for row in content["images"] if keep_empty or any(not a.crowd for a in annotations[row["id"]])]
-        kept = kept[:max_images or None]
-        if not kept:
-            raise DataError(f"{json} lists no images" + (" with objects (keep_empty=True keeps those without)" if content["images"] else ""))
-        self.image_ids: list[int] = [row["id"] for row in kept]
-        self.file_names: list[Path] = [Path(images) / row["file_name"] for row in kept]
-        self.sizes = np.array([(row["height"], row["width"]) for row in kept])
-        pickles = [pickle.dumps(annotations[row["id"]]) for row in kept]
-        self._ends = np.cumsum([len(data) for data in pickles])
-        self._pickles = np.frombuffer(b"".join(pickles), dtype=np.uint8)
-        self._check_files(json, images)
+        kept = self._set_images(content["images"], self._clean(content, labels, json), json, keep_empty, max_images)
+        self.file_names = [Path(images) / row["file_name"] for row in kept]
+        _check_files(self.file_names, images, json)
 
-    def _clean(self, content: dict, json: str | Path) -> dict[int, list[Annotation]]:
+    def _clean(self, content: dict, labels: dict[int, int], json: str | Path) -> dict[int, list[Annotation]]:
         """The usable annotations of each image id."""
         sizes = {row["id"]: (row["height"], row["width"]) for row in content["images"]}
-        labels = {category_id: label for label, category_id in enumerate(self.category_ids)}
         rows = content.get("annotations") or []
         if unknown := sorted({row["category_id"] for row in rows} - labels.keys(), key=str):
             raise DataError(f"{json}: annotations use the category ids {unknown[:20]}, which 'categories' does not list: add them there")
@@ -244,93 +455,263 @@ class CocoDataset(torch.utils.data.Dataset):
             print(f"{json}: left out " + ", ".join(f"{count} {what}" for what, count in (+dropped).items()))
         return cleaned
 
-    def _check_files(self, json: str | Path, images: str | Path) -> None:
-        missing = [path for path in self.file_names if not path.is_file()]
-        if missing:
-            names = ", ".join(map(str, missing[:5])) + (" ..." if len(missing) > 5 else "")
-            raise DataError(f"{len(missing)} of the {len(self)} images of {json} are not in the image folder {images}: {names}; "
-                            "give the folder that file_name in the json is relative to")
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def without_objects(self) -> "CocoDataset":
-        """The same images with empty targets: evaluation scores against `truth()`, and masks that nobody looks at need not be drawn."""
-        other = copy.copy(self)
-        other.images_only = True
-        return other
-
-    def annotations(self, index: int) -> list[Annotation]:
+    def read(self, index: int) -> list[Annotation]:
         """The cleaned annotations of an image, crowds included."""
-        end = self._ends[index]
-        return pickle.loads(self._pickles[self._ends[index - 1] if index else 0:end].tobytes())
+        return self._facts(index)
 
-    def __getitem__(self, item: int | tuple[int, int]) -> tuple[torch.Tensor, dict]:
-        """item: index, or (index, key); key seeds this sample's augmentation, index alone means key 0.
-
-        Returns image uint8 (3, H, W) RGB and target = {"labels": int64 (N,), "boxes": float32 (N, 4) cxcywh in 0..1 of (H, W),
-        "masks": uint8 (N, H, W), "ignore": None, "image_id": int, "size": (H, W) without padding by the transform, "original_size": (H, W) of the file,
-        "key": int}.
-        Raises DataError for a broken file or one whose size is not the json's.
-        """
-        index, key = item if isinstance(item, tuple) else (item, 0)
-        image = self._open(index)
-        objects = [] if self.images_only else [a for a in self.annotations(index) if not a.crowd]
-        target = {"labels": torch.tensor([a.label for a in objects], dtype=torch.int64),
-                  "masks": rasterise([a.segmentation for a in objects], image.height, image.width),
-                  "image_id": self.image_ids[index], "original_size": (image.height, image.width)}
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(key)  # not torch.manual_seed, which would seed the GPUs, too
-            image, target = self.transform(image, target)
-        return image, finish_target(target, image.shape[-2:]) | {"key": key}
-
-    def _open(self, index: int) -> Image.Image:
-        """The image file as RGB."""
-        path = self.file_names[index]
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError is how Pillow calls a broken PNG
-            raise DataError(f"image file {path} cannot be read ({error}): repair it, or take it out of the json") from error
-        if image.size != tuple(self.sizes[index, ::-1]):
-            height, width = self.sizes[index]
-            raise DataError(f"image file {path} is {image.width} x {image.height} pixels (width x height), "
-                            f"the json says {width} x {height}: correct one of them")
-        return image
+    def draw(self, truth: list[Annotation], view: View) -> tuple[list[int], torch.Tensor, None]:
+        objects = [a for a in truth if not a.crowd]
+        return [a.label for a in objects], rasterise([a.segmentation for a in objects], view), None
 
     def truth(self) -> dict | None:
-        """Ground truth of these images for pycocotools: {"info", "images", "annotations", "categories"}; None when the json has no annotations.
-
-        Annotation ids count from 1 (pycocotools never matches id 0), masks are RLE, crowds are kept, bbox (x, y, w, h) in pixels and area are the
-        json's own where usable and the mask's otherwise; an annotation whose mask covers no pixel is left out.
-        """
+        """See ImageDataset. bbox and area are the json's own where usable and the mask's otherwise; a mask that covers no pixel is left out."""
         if not self.has_truth:
             return None
         annotations = []
         for index, (height, width) in enumerate(self.sizes.tolist()):
-            for a in self.annotations(index):
+            for a in self.read(index):
                 rle = to_rle(a.segmentation, height, width)
                 if pixels := int(mask_api.area(rle)):
-                    annotations.append({
-                        "id": len(annotations) + 1, "image_id": self.image_ids[index], "category_id": self.category_ids[a.label],
-                        "iscrowd": int(a.crowd), "segmentation": rle, "bbox": a.bbox or mask_api.toBbox(rle).tolist(),
-                        "area": pixels if a.area is None else a.area})
-        images = [{"id": image_id, "file_name": path.name, "height": height, "width": width}
-                  for image_id, path, (height, width) in zip(self.image_ids, self.file_names, self.sizes.tolist(), strict=True)]
-        categories = [{"id": category_id, "name": name} for category_id, name in zip(self.category_ids, self.class_names, strict=True)]
-        return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+                    annotations.append({"image_id": self.image_ids[index], "category_id": self.category_ids[a.label], "iscrowd": int(a.crowd),
+                                        "segmentation": rle, "bbox": a.bbox or mask_api.toBbox(rle).tolist(),
+                                        "area": pixels if a.area is None else a.area})
+        return self._as_coco(annotations, range(len(self.class_names)))
 
 
-def finish_target(target: dict, size: tuple[int, int]) -> dict:
-    """The target of an image of this size (H, W): masks brought to it if the transform left them, vanished objects dropped, boxes from the masks."""
-    masks = target["masks"]
-    _, H, W = masks.shape
-    if (H, W) != size:
-        masks = pick(masks, nearest(H, size[0], 0, size[0]), nearest(W, size[1], 0, size[1]))
-    boxes, seen = boxes_of_masks(masks)
-    if not seen.all():
-        masks, boxes, target = masks[seen], boxes[seen], target | {"labels": target["labels"][seen]}
-    return {"size": tuple(size)} | target | {"masks": masks.contiguous(), "boxes": boxes, "ignore": None}
+class Segment(NamedTuple):
+    """What a panoptic json says of a segment. label: -1 for a class that the data set leaves out."""
+
+    id: int
+    label: int
+    crowd: bool
+
+
+class PanopticDataset(ImageDataset):
+    """Images with their segments, things and stuff, in COCO's panoptic format: a json, and PNGs whose pixels are ids, R + 256 G + 256^2 B.
+
+    json, panoptic, images: the file, the folder of its PNGs and that of the images. transform: see ImageDataset; the truth is what `segments` returns.
+    things: only things are classes and objects. keep_empty, max_images: as in CocoDataset.
+    Raises DataError for what is unusable and can be known now; the PNGs are checked against the json when they are read.
+    """
+
+    counted = "segments"
+
+    def __init__(self, json: str | Path, panoptic: str | Path, images: str | Path, transform: Callable, *, things: bool = False,
+                 keep_empty: bool = True, max_images: int = 0):
+        content = read_coco(Path(json), "panoptic")
+        self.source, self.transform = f"{json}, segments in {panoptic}, images in {images}", transform
+        labels = self._set_classes([category for category in content["categories"] if category["isthing"] or not things])
+        labels = {category["id"]: labels.get(category["id"], -1) for category in content["categories"]}
+        rows = {row["image_id"]: row for row in content.get("annotations") or []}
+        self.has_truth = bool(rows)
+        if self.has_truth and (bare := [row["id"] for row in content["images"] if row["id"] not in rows]):
+            raise DataError(f"{json}: {len(bare)} image(s) have no entry in 'annotations', {bare[:5]} first: add them, or take the images out")
+        facts = {row["id"]: _segments_of(rows[row["id"]], labels, json) if rows else [] for row in content["images"]}
+        kept = self._set_images(content["images"], facts, json, keep_empty, max_images)
+        self.file_names = [_cityscapes_name(Path(images), row["file_name"]) for row in kept]
+        self.png_names = [Path(panoptic) / rows[row["id"]]["file_name"] for row in kept] if rows else []
+        _check_files(self.file_names, images, json)
+        _check_files(self.png_names, panoptic, json, "panoptic PNG")
+
+    def segments(self, index: int) -> tuple[np.ndarray, list[dict]]:
+        """The map of segment ids int32 (H0, W0), 0 = void, and [{"id", "category_id", "iscrowd", "area"}], area counted in pixels.
+
+        Raises DataError, naming file and ids, where PNG and json contradict each other.
+        """
+        if not self.has_truth:
+            return np.zeros(self._size(index), np.int32), []
+        path, facts, where = self.png_names[index], self._facts(index), f"image {self.image_ids[index]}"
+        with opened(path) as file:
+            mode, pixels = file.mode, np.asarray(file)
+        if mode != "RGB":
+            kind = {"P": "a palette image", "L": "a grey image"}.get(mode, f"of mode {mode}")
+            raise DataError(f"panoptic PNG {path} of {where} is {kind}, but ids are told by colours (id = R + 256 G + 256^2 B): write it as RGB")
+        if pixels.shape[:2] != self._size(index):
+            (height, width), (H, W) = pixels.shape[:2], self._size(index)
+            raise DataError(f"panoptic PNG {path} is {width} x {height} pixels (width x height), the json says {W} x {H} for {where}: correct one of them")
+        ids = pixels.astype(np.int32) @ np.array([1, 256, 256 ** 2], np.int32)
+        areas, told = count_values(ids), {fact.id for fact in facts}
+        if unknown := sorted(areas.keys() - told - {0}):
+            raise DataError(f"panoptic PNG {path} has the segment ids {unknown[:5]}, which the json does not list for {where}: add them, or make them 0 (void)")
+        if absent := sorted(told - areas.keys()):
+            raise DataError(f"panoptic PNG {path} has no pixel of the segment ids {absent[:5]}, which the json lists for {where}: take them out of the json")
+        if left_out := [fact.id for fact in facts if fact.label < 0]:
+            ids[np.isin(ids, left_out)] = 0
+        return ids, [{"id": fact.id, "category_id": self.category_ids[fact.label], "iscrowd": int(fact.crowd), "area": areas[fact.id]}
+                     for fact in facts if fact.label >= 0]
+
+    def label_map(self, index: int) -> np.ndarray:
+        """The class of every pixel, int32 (H0, W0): an index into class_names, -1 for void. Crowds are of their class."""
+        ids, segments = self.segments(index)
+        labels = np.full_like(ids, -1)
+        for segment in segments:
+            labels[ids == segment["id"]] = self.category_ids.index(segment["category_id"])
+        return labels
+
+    read = segments
+
+    def draw(self, truth: tuple[np.ndarray, list[dict]], view: View) -> tuple[list[int], torch.Tensor, None]:
+        ids, segments = view.map(truth[0], 0), [segment for segment in truth[1] if not segment["iscrowd"]]
+        return [self.category_ids.index(segment["category_id"]) for segment in segments], _masks_of(ids, [segment["id"] for segment in segments]), None
+
+    def contents(self, index: int) -> list[tuple[int, bool]]:
+        return [(fact.label, fact.crowd) for fact in self._facts(index) if fact.label >= 0]
+
+    def truth(self) -> dict | None:
+        """See ImageDataset: the segments of things."""
+        if not self.has_truth:
+            return None
+        annotations, things = [], [label for label, thing in enumerate(self.is_thing) if thing]
+        categories = {self.category_ids[label] for label in things}
+        for index, image_id in enumerate(self.image_ids):
+            ids, segments = self.segments(index)
+            segments = [segment for segment in segments if segment["category_id"] in categories]
+            masks = _masks_of(np.ascontiguousarray(ids.T), [segment["id"] for segment in segments]).numpy()  # (N, W0, H0): pycocotools wants columns
+            for segment, rle in zip(segments, mask_api.encode(masks.transpose(2, 1, 0)), strict=True):
+                annotations.append({"image_id": image_id, "category_id": segment["category_id"], "iscrowd": segment["iscrowd"],
+                                    "segmentation": rle, "bbox": mask_api.toBbox(rle).tolist(), "area": segment["area"]})
+        return self._as_coco(annotations, things)
+
+
+def _segments_of(row: dict, labels: dict[int, int], json: str | Path) -> list[Segment]:
+    """An image's segments_info, checked."""
+    where = f"{json}: image {row['image_id']}"
+    for number, segment in enumerate(row["segments_info"]):
+        if missing := [key for key in ("id", "category_id") if key not in segment]:
+            raise DataError(f"{where}: segments_info[{number}] has no {' and no '.join(missing)}")
+        if segment["category_id"] not in labels:
+            raise DataError(f"{where}: segment {segment['id']} has the category id {segment['category_id']}, which 'categories' does not list: add it there")
+    if twice := [key for key, count in Counter(segment["id"] for segment in row["segments_info"]).items() if count > 1 or key == 0]:
+        raise DataError(f"{where} lists the segment ids {twice[:5]} twice, or 0, which is void: give each segment its own id from 1")
+    return [Segment(segment["id"], labels[segment["category_id"]], bool(segment.get("iscrowd", 0))) for segment in row["segments_info"]]
+
+
+def _cityscapes_name(images: Path, name: str) -> Path:
+    """The image that a json's file_name means. Cityscapes' panoptic json says x_1_2_gtFine_leftImg8bit.png for x/x_1_2_leftImg8bit.png."""
+    stem, found, _ = name.partition("_gtFine_leftImg8bit")
+    return images / stem.split("_")[0] / f"{stem}_leftImg8bit.png" if found else images / name
+
+
+def _masks_of(values: np.ndarray, wanted: list[int]) -> torch.Tensor:
+    """Masks uint8 (N, ...) of a map: where it has each of N values."""
+    return torch.from_numpy((values == np.array(wanted, values.dtype).reshape(-1, 1, 1)).view(np.uint8))
+
+
+class Coding(NamedTuple):
+    """How label PNGs tell classes, and how their names follow from the images'."""
+
+    class_names: list[str]
+    values: list[int]  # of each class in the PNGs
+    ignored: list[int]  # values that are no class
+    category_ids: list[int]
+    image_end: str = ""  # how an image's name ends, before its suffix
+    label_end: str = ".png"
+
+
+class SemanticDataset(ImageDataset):
+    """Images with the class of every pixel, in label PNGs of one channel (or a palette: its indices are the classes). Image ids are file names without ending.
+
+    images, labels: folders, or trees that are alike, with an image and a PNG of the same name. transform: see ImageDataset; the truth it is given is
+    what `label_map` returns. Raises DataError for files without a partner; the PNGs are checked when they are read.
+    """
+
+    counted, sized_by = "regions", "its label PNG"
+
+    def __init__(self, images: str | Path, labels: str | Path, coding: Coding, transform: Callable, *, max_images: int = 0):
+        images, labels = Path(images), Path(labels)
+        self.source, self.transform, self.coding = f"{images}, labels in {labels}", transform, coding
+        self.class_names, self.category_ids, self.is_thing = coding.class_names, coding.category_ids, [False] * len(coding.class_names)
+        found = (path for path in images.rglob("*") if path.stem.endswith(coding.image_end) and path.suffix.lower() in SUFFIXES)
+        self.file_names = sorted(found)[:max_images or None]
+        if not self.file_names:
+            raise DataError(f"{images} has no images (*{coding.image_end} with one of {' '.join(SUFFIXES)})")
+        self.image_ids = [path.stem.removesuffix(coding.image_end) for path in self.file_names]
+        if twice := [name for name, count in Counter(self.image_ids).items() if count > 1]:
+            raise DataError(f"{images} has more than one image named {', '.join(twice[:5])}: names have to differ without folders and suffixes, too")
+        self.label_names = [labels / path.relative_to(images).parent / f"{image_id}{coding.label_end}"
+                            for path, image_id in zip(self.file_names, self.image_ids, strict=True)]
+        _check_files(self.label_names, labels, images, "label PNG")
+        self._table = np.full(257, -2, np.int32)  # value -> label; -1 no class, -2 an error, as is all beyond 255
+        self._table[coding.ignored], self._table[coding.values] = -1, range(len(coding.values))
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """(images, 2) height, width: read off all files, when somebody asks."""
+        return np.array([self._size(index) for index in range(len(self))])
+
+    def _size(self, index: int) -> tuple[int, int]:
+        with opened(self.label_names[index]) as file:
+            return file.height, file.width
+
+    def label_map(self, index: int) -> np.ndarray:
+        """The class of every pixel, int32 (H0, W0): an index into class_names, -1 where there is none. Raises DataError naming file and values."""
+        path = self.label_names[index]
+        with opened(path) as file:
+            mode, values = file.mode, np.asarray(file)
+        if mode not in ("L", "P", "1", "I", "I;16"):
+            raise DataError(f"label PNG {path} holds colours (mode {mode}), not one number a pixel: write the class's number into one channel of 8 bits")
+        labels = self._table.take(values, mode="clip")
+        if labels.min() < -1:
+            known = {*self.coding.values, *self.coding.ignored}
+            wrong = sorted(count_values(values).keys() - known)
+            raise DataError(f"label PNG {path} has the values {wrong[:5]}; the {len(self.class_names)} classes are {min(self.coding.values)} to "
+                            f"{max(self.coding.values)}, no class is {', '.join(map(str, self.coding.ignored[:5]))}: correct the PNG, or the list of classes")
+        return labels
+
+    read = label_map
+
+    def draw(self, truth: np.ndarray, view: View) -> tuple[list[int], torch.Tensor, torch.Tensor | None]:
+        labels = view.map(truth, -1)
+        present = [label for label in count_values(labels) if label >= 0]
+        ignore = labels < 0
+        return present, _masks_of(labels, present), torch.from_numpy(ignore) if ignore.any() else None
+
+    def contents(self, index: int) -> list[tuple[int, bool]]:
+        return [(label, False) for label in count_values(self.label_map(index)) if label >= 0]
+
+
+def open_split(task: str, split: str, transform: Callable, *, data_dir: str | Path | None = None, json: str | Path | None = None,
+               images: str | Path | None = None, panoptic: str | Path | None = None, labels: str | Path | None = None,
+               classes: str | Path | None = None, keep_empty: bool = True, max_images: int = 0) -> ImageDataset:
+    """The data of a split, "train" or "val", for a task, "detection", "instance", "panoptic" or "semantic".
+
+    What lies below data_dir says what is opened: detection, instance and panoptic COCO's tree or Cityscapes'; semantic Cityscapes, ADE20K or own folders
+    (images/val, labels/val, classes.txt). Paths given by hand win: json, images, panoptic (folder of PNGs), labels (folder of label PNGs), classes (file with a
+    name a line). keep_empty: keep images without objects. max_images: the first so many only; 0 is all. Raises DataError.
+    """
+    if task == "semantic":
+        return SemanticDataset(*find_semantic(data_dir, split, images, labels, classes), transform, max_images=max_images)
+    options = {"keep_empty": keep_empty, "max_images": max_images}
+    if task == "panoptic" or json is None and Path(data_dir or ".", "gtFine").is_dir():
+        return PanopticDataset(*find_panoptic(data_dir, split, json, panoptic, images), transform, things=task != "panoptic", **options)
+    return CocoDataset(*find_coco(data_dir, split, json, images), transform, boxes_only=task == "detection", **options)
+
+
+def find_semantic(data_dir: str | Path | None, split: str, images: str | Path | None = None, labels: str | Path | None = None,
+                  classes: str | Path | None = None) -> tuple[Path, Path, Coding]:
+    """(image folder, folder of label PNGs, how they tell classes) of a split, "train" or "val"; see open_split."""
+    root = Path(data_dir or ".")
+    own = images or labels or classes
+    known = jsonlib.loads((Path(__file__).parent / "assets/classes.json").read_text())
+    if not own and (root / "gtFine").is_dir():
+        names, ids = known["cityscapes"]["names"], known["cityscapes"]["category_ids"]
+        folder = _first_path(root, None, [f"gtFine/{split}"], Path.is_dir, f"{split}_labels")
+        coding = Coding(names, list(range(len(names))), [255], ids, "_leftImg8bit", "_gtFine_labelTrainIds.png")
+        if next(folder.rglob("*_gtFine_labelTrainIds.png"), None) is None:  # not converted: raw ids 0 .. 33, most of them no class
+            coding = coding._replace(values=ids, ignored=[value for value in (*range(34), 255) if value not in ids], label_end="_gtFine_labelIds.png")
+        return _first_path(root, None, [f"leftImg8bit/{split}"], Path.is_dir, f"{split}_images"), folder, coding
+    if not own and (root / "images/training").is_dir():
+        part = {"train": "training", "val": "validation"}[split]
+        names, ids = known["ade20k"]["names"], known["ade20k"]["category_ids"]
+        return (*(_first_path(root, None, [f"{kind}/{part}"], Path.is_dir, flag) for kind, flag in (("images", f"{split}_images"),
+                ("annotations", f"{split}_labels"))), Coding(names, ids, [0], ids))
+    folder = _first_path(data_dir, labels, [f"labels/{stem}" for stem in _stems(split)], Path.is_dir, f"{split}_labels")
+    file = _first_path(data_dir, classes, ["classes.txt", "names.txt"], Path.is_file, "classes")
+    names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not 0 < len(set(names)) == len(names) <= 255:
+        raise DataError(f"{file} has {len(names)} classes, {len(set(names))} of them different: 1 to 255 names are needed, one a line, each once")
+    numbers = list(range(len(names)))
+    return _find_images(data_dir, split, images), folder, Coding(names, numbers, [255], numbers)
 
 
 def boxes_of_masks(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -359,41 +740,62 @@ def large_scale_jitter(size: int, scale_range: tuple[float, float], flip: float 
     return partial(_jitter, size=size, scale_range=tuple(scale_range), flip=flip)
 
 
-def _jitter(image: Image.Image, target: dict, size: int, scale_range: tuple[float, float],
-            flip: float) -> tuple[torch.Tensor, dict]:
-    W, H = image.size
-    draw_flip, draw_scale, draw_top, draw_left = torch.rand(4).tolist()
-    low, high = scale_range
-    scale = (low + (high - low) * draw_scale) * size / max(H, W)
-    h, w = max(1, round(H * scale)), max(1, round(W * scale))  # the whole image, resized
-    crop_h, crop_w = min(h, size), min(w, size)
-    top, left = round(draw_top * (h - crop_h)), round(draw_left * (w - crop_w))
-    source = (left * W / w, top * H / h, (left + crop_w) * W / w, (top + crop_h) * H / h)
-    image = image.resize((crop_w, crop_h), Image.Resampling.BILINEAR, box=source)
-    rows, columns = nearest(H, h, top, crop_h), nearest(W, w, left, crop_w)
-    if draw_flip < flip:
-        image, columns = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), columns[::-1]
-    canvas = torch.zeros((3, size, size), dtype=torch.uint8)
-    canvas[:, :crop_h, :crop_w] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    masks = torch.zeros((len(target["masks"]), size, size), dtype=torch.uint8)
-    masks[:, :crop_h, :crop_w] = pick(target["masks"], rows, columns)
-    return canvas, target | {"masks": masks, "size": (crop_h, crop_w)}
+def _jitter(image: Image.Image, truth: Any, size: int, scale_range: tuple[float, float], flip: float) -> tuple[torch.Tensor, View]:
+    draw_flip, draw_scale, *place = torch.rand(4).tolist()
+    scale = _between(scale_range, draw_scale) * size / max(image.size)
+    view = _window(image, scale, (size, size), place, draw_flip < flip)
+    return view.lay(view.cut(image)), view
 
 
-def nearest(old: int, new: int, start: int, length: int) -> np.ndarray:
-    """For the places start .. start + length - 1 of a row of `old` pixels resized to `new`: the pixel whose centre is nearest."""
-    return (2 * np.arange(start, start + length) + 1) * old // (2 * new)
+def semantic_jitter(size: int | tuple[int, int], scale_range: tuple[float, float], flip: float = 0.5, single_category: float = 1.0,
+                    colour: bool = True) -> Callable:
+    """The training transform for semantic segmentation: the shorter edge scaled to U(scale_range) of size (the longer at most 4 times size), random crop
+    to (size, size), colours jittered, flip with this probability, zeros right and below, which are ignored.
+
+    size: or the crop's (height, width), of which the larger counts for the scale; Cityscapes is trained on 512 x 1024. single_category: up to ten crops are
+    tried until no class has more than this share of what is labelled; 1 = off.
+    As MaskFormer's, except that the scale is continuous, and that "size" tells the padding.
+    """
+    crop = (size, size) if isinstance(size, int) else tuple(size)
+    return partial(_semantic_jitter, crop=crop, scale_range=tuple(scale_range), flip=flip, single_category=single_category, colour=colour)
 
 
-def pick(masks: torch.Tensor, rows: np.ndarray, columns: np.ndarray) -> torch.Tensor:
-    """masks (N, H, W) -> (N, len(rows), len(columns)). By numpy's take, which copies runs: five times faster here than torch's indexing."""
-    return torch.from_numpy(masks.numpy().take(columns, axis=2).take(rows, axis=1))
+def _semantic_jitter(image: Image.Image, truth: np.ndarray | None, crop: tuple[int, int], scale_range: tuple[float, float], flip: float,
+                     single_category: float, colour: bool) -> tuple[torch.Tensor, View]:
+    draw_flip, draw_scale, *place = torch.rand(4).tolist()
+    scale = min(_between(scale_range, draw_scale) * max(crop) / min(image.size), 4 * max(crop) / max(image.size))
+    view = _window(image, scale, crop, place, draw_flip < flip)
+    for _ in range(9 if single_category < 1 and truth is not None else 0):
+        counts = [count for label, count in count_values(view.nearest(truth)).items() if label >= 0]
+        if len(counts) > 1 and max(counts) < single_category * sum(counts):
+            break
+        view = _window(image, scale, crop, torch.rand(2).tolist(), view.flip)
+    window = view.cut(image)
+    return view.lay(COLOURS(window) if colour else window), view
+
+
+# Each half of the time: SSD's distortion of colours, with factors throughout
+COLOURS = v2.Compose([v2.RandomApply([v2.ColorJitter(**{kind: strength})])
+                      for kind, strength in (("brightness", 0.25), ("contrast", 0.5), ("saturation", 0.5), ("hue", 0.1))])
+
+
+def _between(bounds: tuple[float, float], draw: float) -> float:
+    return bounds[0] + (bounds[1] - bounds[0]) * draw
+
+
+def _window(image: Image.Image, scale: float, canvas: tuple[int, int], place: Sequence[float], flip: bool) -> View:
+    """The image scaled, and as much of it as the canvas holds; place: in 0..1 of the (vertical, horizontal) room that the window has."""
+    original = (image.height, image.width)
+    resized = tuple(max(1, round(length * scale)) for length in original)
+    window = tuple(map(min, resized, canvas))
+    corner = tuple(round(share * (length - part)) for share, length, part in zip(place, resized, window, strict=True))
+    return View(original, resized, corner, window, canvas, flip)
 
 
 def collate(batch: list[tuple[torch.Tensor, dict]]) -> tuple[torch.Tensor, list[dict]]:
     """Samples -> (images uint8 (B, 3, Hp, Wp), targets): zeros right and below up to one size, a multiple of 32.
 
-    In the targets masks are (N, Hp, Wp) and boxes 0..1 of (Hp, Wp); "size" still says (H, W).
+    In the targets masks are (N, Hp, Wp), boxes 0..1 of (Hp, Wp), and padding is ignored where anything is; "size" still says (H, W).
     """
     Hp, Wp = (-(-max(image.shape[axis] for image, _ in batch) // 32) * 32 for axis in (1, 2))
     images = torch.zeros((len(batch), 3, Hp, Wp), dtype=torch.uint8)
@@ -402,8 +804,9 @@ def collate(batch: list[tuple[torch.Tensor, dict]]) -> tuple[torch.Tensor, list[
         _, H, W = image.shape
         padded[:, :H, :W] = image
         if (H, W) != (Hp, Wp):
-            masks = torch.nn.functional.pad(target["masks"], (0, Wp - W, 0, Hp - H))
-            target = target | {"masks": masks, "boxes": target["boxes"] * torch.tensor([W / Wp, H / Hp, W / Wp, H / Hp])}
+            padding = (0, Wp - W, 0, Hp - H)
+            target = target | {"masks": F.pad(target["masks"], padding), "boxes": target["boxes"] * torch.tensor([W / Wp, H / Hp, W / Wp, H / Hp]),
+                               "ignore": None if target["ignore"] is None else F.pad(target["ignore"], padding, value=True)}
         targets.append(target)
     return images, targets
 
@@ -462,7 +865,7 @@ class Item(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What make_shapes writes of an image, and the ground's regions, which it does not."""
+    """What make_shapes writes of an image."""
 
     image: np.ndarray  # uint8 (128, 128, 3)
     items: list[Item]  # from the farthest to the nearest
@@ -628,97 +1031,158 @@ def _run_lengths(mask: np.ndarray) -> list[int]:
     return np.diff(changes, prepend=0).tolist()
 
 
-def _write_scene(folder: Path, seed: int, split: int, first: int, number: int) -> tuple[dict, list[dict]]:
-    """Draws and saves image `number` of a split; returns its row for the json, with id first + number, and its annotations."""
+def save_ids(ids: np.ndarray, path: Path) -> None:
+    """Saves a map (H, W) of segment ids as COCO's panoptic PNGs do: id = R + 256 G + 256^2 B."""
+    Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=2).astype(np.uint8)).save(path)
+
+
+def _segment_map(scene: Scene) -> np.ndarray:
+    """Segment ids int32 (128, 128), as Cityscapes makes them: 1000 * category id + the item's number. The ground's textures are the categories 5 to 8."""
+    ids = 1000 * (len(SHAPES) + 1 + scene.regions.astype(np.int32))
+    for number, item in enumerate(scene.items):
+        ids[_coverage(item.visible) > 0.5] = 1000 * (item.label + 1) + number
+    return ids
+
+
+def _segments_info(ids: np.ndarray, items: list[Item]) -> list[dict]:
+    """A scene's segments as the panoptic json has them."""
+    rows = []
+    for number, area in count_values(ids).items():
+        y, x = np.nonzero(ids == number)
+        category_id, crowd = number // 1000, number // 1000 <= len(SHAPES) and items[number % 1000].outline is None
+        rows.append({"id": number, "category_id": category_id, "iscrowd": int(crowd), "area": area,
+                     "bbox": [int(x.min()), int(y.min()), int(np.ptp(x)) + 1, int(np.ptp(y)) + 1]})
+    return rows
+
+
+def _write_scene(root: Path, name: str, seed: int, split: int, first: int, number: int) -> tuple[dict, list[dict], dict]:
+    """Draws and saves image `number` of a split, first + number being its id, with its PNGs; returns its row for the jsons, its annotations (instances),
+    and its annotation (panoptic)."""
     scene, image_id = render(seed, split, number), first + number
-    Image.fromarray(scene.image).save(folder / f"{image_id:06d}.png")
-    return {"id": image_id, "file_name": f"{image_id:06d}.png", "height": SIDE, "width": SIDE}, [_annotation(item) for item in scene.items]
+    file_name, ids = f"{image_id:06d}.png", _segment_map(scene)
+    Image.fromarray(scene.image).save(root / name / file_name)
+    save_ids(ids, root / f"panoptic_{name}" / file_name)
+    Image.fromarray((ids // 1000 - 1).astype(np.uint8)).save(root / "labels" / name / file_name)
+    return ({"id": image_id, "file_name": file_name, "height": SIDE, "width": SIDE}, [_annotation(item) for item in scene.items],
+            {"image_id": image_id, "file_name": file_name, "segments_info": _segments_info(ids, scene.items)})
 
 
-def _write_json(path: Path, rows: list[tuple[dict, list[dict]]]) -> None:
-    annotations = [{"image_id": image["id"]} | annotation for image, items in rows for annotation in items]
-    path.write_text(jsonlib.dumps({
-        "info": {"description": "shapes: circles, squares, triangles and stars, generated by data.py", "version": "1"},
-        "images": [image for image, _ in rows],
-        "annotations": [{"id": number} | annotation for number, annotation in enumerate(annotations, start=1)],
-        "categories": [{"id": number, "name": name, "supercategory": "shape"} for number, name in enumerate(SHAPES, start=1)]}))
+def _write_jsons(folder: Path, name: str, rows: list[tuple[dict, list[dict], dict]]) -> None:
+    annotations = [{"image_id": image["id"]} | annotation for image, items, _ in rows for annotation in items]
+    things = [{"id": number, "name": thing, "supercategory": "shape"} for number, thing in enumerate(SHAPES, start=1)]
+    stuff = [{"id": number, "name": texture, "supercategory": "ground", "isthing": 0} for number, texture in enumerate(TEXTURES, start=len(SHAPES) + 1)]
+    content = {"info": {"description": "shapes: circles, squares, triangles and stars, generated by data.py", "version": "1"},
+               "images": [image for image, *_ in rows],
+               "annotations": [{"id": number} | annotation for number, annotation in enumerate(annotations, start=1)],
+               "categories": things}
+    (folder / f"instances_{name}.json").write_text(jsonlib.dumps(content))
+    content |= {"annotations": [panoptic for *_, panoptic in rows], "categories": [thing | {"isthing": 1} for thing in things] + stuff}
+    (folder / f"panoptic_{name}.json").write_text(jsonlib.dumps(content))
 
 
 def make_shapes(folder: str | Path = "datasets/shapes", train: int = 2000, val: int = 200, seed: int = 0) -> None:
-    """Writes the data set: train/*.png, val/*.png, annotations/instances_{train,val}.json. Does nothing when it is there already.
+    """Writes the data set: {train,val}/*.png, annotations/{instances,panoptic}_{train,val}.json, panoptic_{train,val}/*.png for their segments, and
+    for semantic segmentation labels/{train,val}/*.png and classes.txt. Does nothing when it is there already.
 
-    It grows under another name, so that a killed run leaves nothing that looks finished. Raises DataError when the folder holds something else.
+    It grows under another name, so that a killed run leaves nothing that looks finished. A folder of an earlier version, which wrote instances alone, is
+    completed. Raises DataError when the folder holds something else.
     """
     folder = Path(folder)
-    finished = folder / "annotations/instances_val.json"
-    if finished.is_file():
+    if (folder / "classes.txt").is_file():
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    earlier = (folder / "annotations/instances_val.json").is_file()
+    if folder.exists() and not earlier and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} exists and is not the shapes data set: move it away, or name another folder")
     growing = folder.with_name(f"{folder.name}.growing-{os.getpid()}")
     try:
-        (growing / "annotations").mkdir(parents=True)
+        for name in ("annotations", "train", "val", "panoptic_train", "panoptic_val", "labels/train", "labels/val"):
+            (growing / name).mkdir(parents=True)
         with tqdm(total=train + val, desc=f"generating {folder}", unit=" images") as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
             for split, (name, first, count) in enumerate((("train", 1, train), ("val", train + 1, val))):
-                (growing / name).mkdir()
                 rows = []
-                for row in pool.map(partial(_write_scene, growing / name, seed, split, first), range(count)):
+                for row in pool.map(partial(_write_scene, growing, name, seed, split, first), range(count)):
                     rows.append(row)
                     progress.update()
-                _write_json(growing / f"annotations/instances_{name}.json", rows)
-        if not finished.is_file():  # else another process was faster
+                _write_jsons(growing / "annotations", name, rows)
+        (growing / "classes.txt").write_text("".join(f"{name}\n" for name in (*SHAPES, *TEXTURES)))
+        if earlier:
+            _complete(folder, growing)
+        elif not (folder / "classes.txt").is_file():  # else another process was faster
             growing.rename(folder)
     finally:
         shutil.rmtree(growing, ignore_errors=True)
+
+
+def _complete(folder: Path, growing: Path) -> None:
+    """Moves what an earlier version did not write from the whole data set in `growing` to `folder`; classes.txt, which says that all is there, last."""
+    jsons = [f"annotations/instances_{name}.json" for name in ("train", "val")]
+    if any((folder / name).read_bytes() != (growing / name).read_bytes() for name in jsons):
+        raise DataError(f"{folder} has no panoptic and semantic truth, and its images are not those that would get it (another seed or number): move it away")
+    for name in ("labels", "panoptic_train", "panoptic_val", "annotations/panoptic_train.json", "annotations/panoptic_val.json", "classes.txt"):
+        if not (folder / name).exists():
+            (growing / name).rename(folder / name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A look at a data set
 
 
-def describe(dataset: CocoDataset) -> str:
-    """Counts of a data set, a line each: images, objects of every class, crowds, images without objects."""
-    objects, crowds, empty = Counter(), 0, 0
-    for index in range(len(dataset)):
-        annotations = dataset.annotations(index)
-        objects.update(a.label for a in annotations if not a.crowd)
-        crowds += sum(a.crowd for a in annotations)
-        empty += all(a.crowd for a in annotations)
-    lines = [f"{len(dataset)} images, {empty} without objects; {objects.total()} objects, {crowds} crowds"]
-    return "\n".join(lines + [f"  {objects[label]:7d} {name}" for label, name in enumerate(dataset.class_names)])
+def describe(dataset: ImageDataset) -> str:
+    """Counts of a data set, a line each: images, objects (or segments, or regions) of every class, crowds, images without any. Label PNGs are read for it."""
+    counts, crowds, empty = Counter(), 0, 0
+    for index in tqdm(range(len(dataset)), "count", unit=" images", leave=False):
+        contents = dataset.contents(index)
+        counts.update(label for label, crowd in contents if not crowd)
+        crowds += sum(crowd for _, crowd in contents)
+        empty += all(crowd for _, crowd in contents)
+    lines = [f"{len(dataset)} images, {empty} without {dataset.counted}; {counts.total()} {dataset.counted}, {crowds} crowds"]
+    return "\n".join(lines + [f"  {counts[label]:7d} {name}" for label, name in enumerate(dataset.class_names)])
 
 
-def draw_page(dataset: CocoDataset, path: Path, count: int = 24, columns: int = 6) -> None:
-    """Saves a page of `count` samples, a random but fixed choice, all of one size after its transform, with masks, boxes and class names."""
+def draw_page(dataset: ImageDataset, path: Path, count: int = 24, columns: int = 6) -> None:
+    """Saves a page of `count` samples, a random but fixed choice, all of one size after its transform: masks, class names, boxes of things; what is ignored
+    is black."""
     palette = [tuple(int(255 * c) for c in colorsys.hsv_to_rgb(label * 0.381966 % 1, 0.8, 1)) for label in range(len(dataset.class_names))]
     tiles = []
     for index in np.random.default_rng(0).permutation(len(dataset))[:count].tolist():
         image, target = dataset[index, index]
-        boxes = torchvision.ops.box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor(image.shape[:0:-1]).repeat(2)
-        if len(boxes):
-            colours = [palette[label] for label in target["labels"]]
-            names = [dataset.class_names[label] for label in target["labels"]]
-            image = torchvision.utils.draw_segmentation_masks(image, target["masks"].bool(), alpha=0.35, colors=colours)
-            image = torchvision.utils.draw_bounding_boxes(image, boxes, names, colors=colours)
-        tiles.append(image)
+        labels, masks = target["labels"].tolist(), target["masks"].bool()
+        if labels:
+            image = torchvision.utils.draw_segmentation_masks(image, masks, alpha=0.35, colors=[palette[label] for label in labels])
+        if target["ignore"] is not None:
+            image[:, target["ignore"]] = 0
+        picture = v2.functional.to_pil_image(image)
+        for label, mask, box in zip(labels, masks, torchvision.ops.masks_to_boxes(masks).tolist(), strict=True):
+            pen = ImageDraw.Draw(picture)
+            if dataset.is_thing[label]:
+                pen.rectangle(box, outline=palette[label])
+            places = mask.nonzero().flip(1).double()  # x, y; the name is written at the one nearest to their middle
+            pen.text(places[(places - places.mean(0)).norm(dim=1).argmin()].tolist(), dataset.class_names[label], palette[label], anchor="mm", stroke_width=1,
+                     stroke_fill="black")
+        tiles.append(v2.functional.pil_to_tensor(picture))
     page = torchvision.utils.make_grid(tiles, columns, padding=4, pad_value=255)
-    Image.fromarray(page.permute(1, 2, 0).numpy()).save(path)
+    v2.functional.to_pil_image(page).save(path)
+
+
+PATHS = {"json": "annotation file", "images": "image folder", "panoptic": "folder of panoptic PNGs", "labels": "folder of label PNGs",
+         "classes": "file with the names of the label PNGs' classes, one a line"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Counts a data set in COCO's format and draws a page of augmented samples.")
+    parser = argparse.ArgumentParser(description="Counts a data set and draws a page of augmented samples.")
     parser.add_argument("dir", nargs="?", default="datasets/shapes", help="data folder; the default is generated when it is missing")
+    parser.add_argument("--task", default="instance", choices=("detection", "instance", "panoptic", "semantic"))
     parser.add_argument("--split", default="train", choices=("train", "val"))
-    parser.add_argument("--json", help="annotation file, where it is not found by itself")
-    parser.add_argument("--images", help="image folder, where it is not found by itself")
+    for name, what in PATHS.items():
+        parser.add_argument(f"--{name}", help=f"{what}, where it is not found by itself")
     parser.add_argument("--out", help="page to write (default: DIR's name in a png in the current folder)")
     args = parser.parse_args()
     try:
         if args.dir == parser.get_default("dir"):
             make_shapes(args.dir)
-        json, images = find_coco(args.dir, args.split, args.json, args.images)
-        print(f"annotations {json}, images {images}")
-        dataset = CocoDataset(json, images, large_scale_jitter(256, (0.5, 1.5)))
+        transform = semantic_jitter(256, (0.5, 1.5)) if args.task == "semantic" else large_scale_jitter(256, (0.5, 1.5))
+        dataset = open_split(args.task, args.split, transform, data_dir=args.dir, **{name: getattr(args, name) for name in PATHS})
+        print(f"annotations {dataset.source}")
         print(describe(dataset))
         out = Path(args.out or f"{Path(args.dir).resolve().name}.png")
         draw_page(dataset, out)
