@@ -53,6 +53,7 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 QUALITIES = ("PQ", "SQ", "RQ")
 PARTS = {"": (True, False), "_things": (True,), "_stuff": (False,)}                           # of the classes: which is_thing are in it
 SEMANTIC = ("mIoU", "fwIoU", "pixel_accuracy")
+MAPS = ("panoptic", "semantic")                                                               # tasks whose results are maps, every pixel in one region
 
 
 def coco_metrics(truth: dict | None, boxes: list, masks: list | None, image_ids) -> dict:
@@ -121,7 +122,10 @@ def panoptic_counts(truth: np.ndarray, truth_segments: list[dict], found: np.nda
     the last one listed, should there be several).
     """
     common = {(pair >> 32, pair & 0xffffffff): pixels for pair, pixels in data.count_values(truth.astype(np.int64) << 32 | found).items()}
-    truth_area, found_area, counts = data.count_values(truth), data.count_values(found), defaultdict(lambda: np.zeros(4))
+    truth_area, found_area, counts = Counter(), Counter(), defaultdict(lambda: np.zeros(4))
+    for (t, f), pixels in common.items():
+        truth_area[t] += pixels
+        found_area[f] += pixels
     missed = {s["id"]: s["category_id"] for s in truth_segments if not s["iscrowd"]}          # until matched
     false = {s["id"]: s["category_id"] for s in found_segments}
     crowds = {s["category_id"]: s["id"] for s in truth_segments if s["iscrowd"]}
@@ -215,10 +219,8 @@ def hint(truth: dict | None, boxes: list) -> str:
     if truth is None:
         return "the data have no annotations: predictions only, every metric is n/a"
     real, found = {a["category_id"] for a in truth["annotations"] if not a["iscrowd"]}, {b["category_id"] for b in boxes}
-    if not real:
-        return "no ground truth in this split: every metric is n/a"
-    if not found:
-        return "no detections at all: AP is 0"
+    if not real or not found:
+        return "no detections at all: AP is 0" if real else "no ground truth in this split: every metric is n/a"
     if not real & found:
         return f"hint: predicted category ids {sorted(found)[:5]} and true ones {sorted(real)[:5]} do not meet: is the checkpoint of these classes?"
     return ""
@@ -247,13 +249,12 @@ def evaluate(model, dataset, out: Path, *, batch_size: int = 1, workers: int = 0
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     out, task, indices = Path(out), model.config.task, range(rank, len(dataset), world)
-    (out / task if task in ("panoptic", "semantic") else out).mkdir(parents=True, exist_ok=True)
+    (out / task if task in MAPS else out).mkdir(parents=True, exist_ok=True)
     things, bare = things or dataset, dataset.without_objects()
     record = partial(_record, dataset=dataset, ids=_category_ids(model.classes, dataset), thing_ids=_category_ids(model.classes, things), out=out)
     if tta:
         bare.transform = _whole
-    pin = next(model.parameters()).device.type == "cuda"
-    loader = DataLoader(Subset(bare, indices), batch_size, num_workers=workers, collate_fn=data.collate, pin_memory=pin)
+    loader = DataLoader(Subset(bare, indices), batch_size, num_workers=workers, collate_fn=data.collate, pin_memory=next(model.parameters()).is_cuda)
     names, share = iter(zip(indices, _stems(dataset.file_names)[rank::world], strict=True)), []
     with _inference(model):
         for images, targets in tqdm(loader, "evaluate", unit="batch", disable=rank > 0, leave=False):
@@ -316,10 +317,9 @@ def _missing(classes: dict, dataset) -> str:
 def _inference(model):
     """Eval mode without gradients; afterwards the mode is as before."""
     training = model.training
-    model.eval()
     try:
         with torch.no_grad():
-            yield
+            yield model.eval()
     finally:
         model.train(training)
 
@@ -412,7 +412,7 @@ def _score(dataset, things, found: list[dict], out: Path, task: str, per_class: 
     if task == "panoptic":
         _save_panoptic(found, dataset.category_ids, dataset.class_names, dataset.is_thing, out)
         parts.append(panoptic_metrics((record.get("counts", {}) for record in found), dataset.class_names, dataset.category_ids, dataset.is_thing))
-    if task in ("panoptic", "semantic"):
+    if task in MAPS:
         pixels = np.zeros(K * (K + 1), np.int64)
         for cells, values in (record["pixels"] for record in found if "pixels" in record):
             pixels[cells] += values
@@ -546,8 +546,7 @@ def page(dataset, model, path: Path, count: int = 12, threshold: float = 0.3, ti
     left = [gap + i * (side + gap) + i // 2 * gap for i in range(2 * pairs)]                  # twice the gap between pairs
     sheet = Image.new("RGB", (left[-1] + side + gap, top + sum(heights) + gap * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
-    scores = f", scores from {threshold:g}" if model.config.task in ("detection", "instance") else ""
-    title = title or f"{count} of {len(dataset)} images: truth beside prediction{scores}"
+    title = title or f"{count} of {len(dataset)} images: truth beside prediction" + f", scores from {threshold:g}" * (model.config.task not in MAPS)
     draw.text((gap, 22), title, fill="black", font=_font(20), anchor="lm")
     for i, x in enumerate(left):
         draw.text((x + side / 2, top - 14), ("truth", "prediction")[i % 2], fill="#444444", font=_font(15), anchor="mm")
@@ -564,7 +563,7 @@ def _pair(dataset, index: int, model, threshold: float, side: int) -> list[Image
     result = _detect(model, *data.collate([(image, target)]), [target["size"]])[0]
     names, (H, W) = list(dict.fromkeys([*model.classes["names"], *dataset.class_names])), target["size"]
     labels, masks = [names.index(dataset.class_names[k]) for k in target["labels"].tolist()], target["masks"].bool()
-    if model.config.task in ("panoptic", "semantic"):
+    if model.config.task in MAPS:
         truth = overlay_map(image, _stacked(masks), labels, names, side)
     else:
         boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor([W, H, W, H])
@@ -627,9 +626,8 @@ def _thin(points: list, bins: int = 250) -> list[tuple[float, float]]:
 def _ticks(low: float, high: float, log: bool) -> list[float]:
     """Round numbers within low..high: about 3 to 8 of them. log: the bounds are exponents of 10, the numbers are not."""
     if log:
-        values = [m * 10.0 ** e for e in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
-        values = [v for v in values if low <= math.log10(v) <= high]
-        return values if len(values) < 9 else [v for v in values if f"{v:e}"[0] == "1"]
+        digits = (1, 2, 5) if high - low < 3 else (1,)
+        return [m * 10.0 ** e for e in range(math.floor(low), math.ceil(high) + 1) for m in digits if low <= e + math.log10(m) <= high]
     rough = (high - low) / 3
     step = 10.0 ** math.floor(math.log10(rough))
     step *= 5 if 5 * step <= rough else 2 if 2 * step <= rough else 1
@@ -691,10 +689,11 @@ def predict_folder(model, images: Path, out: Path, threshold: float = 0.3, tta: 
     if out.resolve() == files[0].resolve().parent:
         raise data.DataError(f"--out={out} is the pictures' own folder, where overlays would replace them: choose another")
     task, names, ids = model.config.task, model.classes["names"], model.classes["category_ids"]
-    (out / task if task in ("panoptic", "semantic") else out).mkdir(parents=True, exist_ok=True)
+    (out / task if task in MAPS else out).mkdir(parents=True, exist_ok=True)
     predictions, segments = [], []
     for file, stem in zip(tqdm(files, "predict", unit="image", leave=False), _stems(files), strict=True):
-        image = _open_picture(file)
+        with data.opened(file) as picture:
+            image = ImageOps.exif_transpose(picture).convert("RGB")                           # phones store the camera's orientation beside the pixels
         result = {"semantic": augmented(model, image).argmax(0)} if tta else model.predict([image], threshold=threshold)[0]
         if task == "semantic":
             seen, areas = result["semantic"].unique(return_counts=True)
@@ -722,12 +721,6 @@ def _picture_files(images: Path) -> list[Path]:
     if not files:
         raise data.DataError(f"--images={images}: no picture ({' '.join(data.SUFFIXES)}) in this folder; folders below it are not searched")
     return files
-
-
-def _open_picture(file: Path) -> Image.Image:
-    """The picture as RGB, upright: phones store the camera's orientation beside the pixels (EXIF)."""
-    with data.opened(file) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 # -------------------------------------------------------------------------------------------------------------- processes
