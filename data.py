@@ -1,4 +1,4 @@
-"""Data: COCO instances and panoptic, ADE20K, Cityscapes, own files laid out as these are; and `shapes`, a generated data set in the same formats.
+"""Data: COCO instances and panoptic, ADE20K, Cityscapes, own files laid out as these are; and `shapes`, generated, in the same formats.
 
     python data.py                                  # makes datasets/shapes if it is not there, counts it, draws a page of augmented samples
     python data.py /data/coco --task=panoptic --split=val --out=page.png
@@ -34,6 +34,8 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as mask_api
 from torchvision.transforms import v2
 from tqdm import tqdm
+
+from shapes import SHAPES, SIDE, TEXTURES, Item, Scene, coverage, render
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")  # of pictures
 
@@ -577,7 +579,7 @@ def _segments_of(row: dict, labels: dict[int, int], json: str | Path) -> list[Se
     """An image's segments_info, checked."""
     where = f"{json}: image {row['image_id']}"
     for number, segment in enumerate(row["segments_info"]):
-        if missing := [key for key in ("id", "category_id") if key not in segment]:
+        if missing := [key for key in ("id", "category_id") if not isinstance(segment, dict) or key not in segment]:
             raise DataError(f"{where}: segments_info[{number}] has no {' and no '.join(missing)}")
         if segment["category_id"] not in labels:
             raise DataError(f"{where}: segment {segment['id']} has the category id {segment['category_id']}, which 'categories' does not list: add it there")
@@ -682,7 +684,7 @@ def open_split(task: str, split: str, transform: Callable, *, data_dir: str | Pa
     if task == "semantic":
         return SemanticDataset(*find_semantic(data_dir, split, images, labels, classes), transform, max_images=max_images)
     options = {"keep_empty": keep_empty, "max_images": max_images}
-    if task == "panoptic" or json is None and Path(data_dir or ".", "gtFine").is_dir():
+    if task == "panoptic" or panoptic or json is None and Path(data_dir or ".", "gtFine").is_dir():
         return PanopticDataset(*find_panoptic(data_dir, split, json, panoptic, images), transform, things=task != "panoptic", **options)
     return CocoDataset(*find_coco(data_dir, split, json, images), transform, boxes_only=task == "detection", **options)
 
@@ -690,28 +692,28 @@ def open_split(task: str, split: str, transform: Callable, *, data_dir: str | Pa
 def find_semantic(data_dir: str | Path | None, split: str, images: str | Path | None = None, labels: str | Path | None = None,
                   classes: str | Path | None = None) -> tuple[Path, Path, Coding]:
     """(image folder, folder of label PNGs, how they tell classes) of a split, "train" or "val"; see open_split."""
-    root = Path(data_dir or ".")
-    own = images or labels or classes
+    def folder(name: str, flag: str) -> Path:
+        return _first_path(data_dir, None, [name], Path.is_dir, f"{split}_{flag}")
+
     known = jsonlib.loads((Path(__file__).parent / "assets/classes.json").read_text())
+    root, own = Path(data_dir or "."), images or labels or classes
     if not own and (root / "gtFine").is_dir():
         names, ids = known["cityscapes"]["names"], known["cityscapes"]["category_ids"]
-        folder = _first_path(root, None, [f"gtFine/{split}"], Path.is_dir, f"{split}_labels")
         coding = Coding(names, list(range(len(names))), [255], ids, "_leftImg8bit", "_gtFine_labelTrainIds.png")
-        if next(folder.rglob("*_gtFine_labelTrainIds.png"), None) is None:  # not converted: raw ids 0 .. 33, most of them no class
-            coding = coding._replace(values=ids, ignored=[value for value in (*range(34), 255) if value not in ids], label_end="_gtFine_labelIds.png")
-        return _first_path(root, None, [f"leftImg8bit/{split}"], Path.is_dir, f"{split}_images"), folder, coding
+        if next(root.glob(f"gtFine/{split}/*/*{coding.label_end}"), None) is None:  # not converted: raw ids 0 .. 33, most of them no class
+            coding = coding._replace(values=ids, ignored=[value for value in range(34) if value not in ids], label_end="_gtFine_labelIds.png")
+        return folder(f"leftImg8bit/{split}", "images"), folder(f"gtFine/{split}", "labels"), coding
     if not own and (root / "images/training").is_dir():
-        part = {"train": "training", "val": "validation"}[split]
         names, ids = known["ade20k"]["names"], known["ade20k"]["category_ids"]
-        return (*(_first_path(root, None, [f"{kind}/{part}"], Path.is_dir, flag) for kind, flag in (("images", f"{split}_images"),
-                ("annotations", f"{split}_labels"))), Coding(names, ids, [0], ids))
-    folder = _first_path(data_dir, labels, [f"labels/{stem}" for stem in _stems(split)], Path.is_dir, f"{split}_labels")
+        part = {"train": "training", "val": "validation"}[split]
+        return folder(f"images/{part}", "images"), folder(f"annotations/{part}", "labels"), Coding(names, ids, [0], ids)
+    label_folder = _first_path(data_dir, labels, [f"labels/{stem}" for stem in _stems(split)], Path.is_dir, f"{split}_labels")
     file = _first_path(data_dir, classes, ["classes.txt", "names.txt"], Path.is_file, "classes")
     names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not 0 < len(set(names)) == len(names) <= 255:
         raise DataError(f"{file} has {len(names)} classes, {len(set(names))} of them different: 1 to 255 names are needed, one a line, each once")
     numbers = list(range(len(names)))
-    return _find_images(data_dir, split, images), folder, Coding(names, numbers, [255], numbers)
+    return _find_images(data_dir, split, images), label_folder, Coding(names, numbers, [255], numbers)
 
 
 def boxes_of_masks(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -846,174 +848,12 @@ class BatchSampler:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shapes: circles, squares, triangles and stars on textured ground. Published: what is drawn for (seed, split, number) never changes.
-
-SHAPES = {"circle": 48, "square": 4, "triangle": 3, "star": 10}  # class -> corners; told by form, colours are random
-TEXTURES = ("plain", "stripes", "checks", "dots")  # of the ground's regions; told by pattern
-SIDE, FINE = 128, 4  # pixels of an image's side; drawn this many times finer, then averaged
-
-
-class Item(NamedTuple):
-    """One object of a scene, or a crowd of them. Lengths in pixels."""
-
-    label: int
-    centre: np.ndarray  # (2,) x, y
-    radius: float  # of the circumscribed circle
-    outline: np.ndarray | None  # (P, 2) corners x, y; None for a crowd
-    whole: np.ndarray  # bool (512, 512), all of it that lies in the image
-    visible: np.ndarray  # the same without what later objects hide
-
-
-class Scene(NamedTuple):
-    """What make_shapes writes of an image."""
-
-    image: np.ndarray  # uint8 (128, 128, 3)
-    items: list[Item]  # from the farthest to the nearest
-    regions: np.ndarray  # uint8 (128, 128), the index of the texture, under the objects, too
-
-
-def render(seed: int, split: int, number: int) -> Scene:
-    """Image `number` of a split: every 20th has no objects, every 50th a crowd, each has 1 to 5 objects otherwise."""
-    rng = np.random.default_rng([seed, split, number])
-    canvas, regions = _ground(rng)
-    items = []
-    crowd = number % 50 == 7
-    if crowd:
-        canvas = _crowd(rng, canvas, items)
-    for _ in range(0 if number % 20 == 13 else rng.integers(1, 4 if crowd else 6)):
-        canvas = _object(rng, canvas, items)
-    canvas = canvas + rng.uniform(-4, 4, (SIDE, SIDE, 1))
-    return Scene(np.clip(np.rint(canvas), 0, 255).astype(np.uint8), items, regions)
-
-
-def _ground(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Colours (128, 128, 3) in 0..255 of 1 to 3 regions, each of another texture, and their map uint8 (128, 128)."""
-    y, x = np.mgrid[:SIDE, :SIDE] + 0.5
-    count, shares = rng.integers(1, 4), []
-    while not shares or min(share.mean() for share in shares) < 0.15:
-        shares = [np.ones((SIDE, SIDE))]  # of every pixel, soft at the borders
-        for _ in range(count - 1):
-            border = _border(rng, x, y)
-            shares += [shares[-1] * border]
-            shares[-2] = shares[-2] * (1 - border)
-    textures = rng.permutation(len(TEXTURES))[:len(shares)]
-    canvas = sum(share[..., None] * _texture(rng, TEXTURES[texture], x, y) for share, texture in zip(shares, textures, strict=True))
-    return canvas, textures[np.argmax(shares, axis=0)].astype(np.uint8)
-
-
-def _border(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """0 on one side of a straight or wavy line across the image, 1 on the other, one pixel soft."""
-    along, across = _turned(x - SIDE / 2, y - SIDE / 2, rng.uniform(0, 2 * np.pi))
-    wave = rng.uniform(3, 7) * np.sin(along * 2 * np.pi / rng.uniform(30, 70)) if rng.random() < 0.5 else 0
-    return np.clip(across + rng.uniform(-30, 30) + wave + 0.5, 0, 1)
-
-
-def _turned(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
-    return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-
-
-def _texture(rng: np.random.Generator, texture: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Colours (128, 128, 3) of one texture in two muted tones."""
-    hue, saturation, value = rng.random(), rng.uniform(0.08, 0.4), rng.uniform(0.35, 0.9)
-    step = rng.uniform(0.1, 0.2) * (1 if value < 0.6 else -1)
-    tones = [255 * np.array(colorsys.hsv_to_rgb(hue, saturation, level)) for level in (value, value + step)]
-    u, v = _turned(x - SIDE / 2, y - SIDE / 2, rng.uniform(0, 2 * np.pi))
-    period = rng.uniform(9, 15)
-    shift = rng.uniform(0, period)
-    if texture == "plain":
-        mix = 0.5 + 0.8 * u / SIDE + rng.uniform(-0.15, 0.15, x.shape)
-    elif texture == "stripes":
-        mix = 0.5 + period / 5 * np.sin(2 * np.pi * (u + shift) / period)
-    elif texture == "checks":
-        mix = 0.5 + period / 4 * np.sin(np.pi * (u + shift) / period) * np.sin(np.pi * v / period)
-    else:
-        mix = 0.5 + 0.3 * period - np.hypot((u + shift) % period - period / 2, v % period - period / 2)
-    return tones[0] + np.clip(mix, 0, 1)[..., None] * (tones[1] - tones[0])
-
-
-def _object(rng: np.random.Generator, canvas: np.ndarray, items: list[Item]) -> np.ndarray:
-    """One more object, which leaves at least half of every earlier one visible; it is added to items, and the new canvas returned."""
-    label = int(rng.integers(len(SHAPES)))
-    for _ in range(50):
-        radius = rng.uniform(SIDE / 16, SIDE / 4)
-        centre = rng.uniform(0.8 * radius, SIDE - 0.8 * radius, 2)  # at most a tenth of the diameter beyond the border
-        if items and rng.random() < 0.6:
-            other = items[rng.integers(len(items))]
-            angle = rng.uniform(0, 2 * np.pi)
-            centre = other.centre + rng.uniform(0.5, 0.9) * (radius + other.radius) * np.array([np.cos(angle), np.sin(angle)])
-        outline = centre + _outline(label, radius, rng.uniform(0, 2 * np.pi))
-        inside = np.all(np.abs(centre - SIDE / 2) <= SIDE / 2 - 0.8 * radius)
-        whole = _fill([outline])
-        if inside and all(np.count_nonzero(item.visible & ~whole) > 0.5 * np.count_nonzero(item.whole) for item in items):
-            break
-    else:
-        return canvas  # no room left
-    for index, item in enumerate(items):
-        items[index] = item._replace(visible=item.visible & ~whole)
-    items.append(Item(label, centre, radius, outline, whole, whole))
-    return _paint(rng, canvas, whole, centre, radius)
-
-
-def _crowd(rng: np.random.Generator, canvas: np.ndarray, items: list[Item]) -> np.ndarray:
-    """A cluster of 15 to 25 small shapes of one class, in one item."""
-    label, middle, reach = int(rng.integers(len(SHAPES))), rng.uniform(36, SIDE - 36, 2), rng.uniform(24, 32)
-    count = rng.integers(15, 26)
-    spots = []
-    for _ in range(400):
-        spot = rng.uniform(-reach, reach, 2)
-        if len(spots) < count and np.hypot(*spot) <= reach and all(np.hypot(*(spot - other)) > 9 for other in spots):
-            spots.append(spot)
-    outlines = [middle + spot + _outline(label, rng.uniform(4, 6), rng.uniform(0, 2 * np.pi)) for spot in spots]
-    whole = _fill(outlines)
-    items.append(Item(label, middle, reach, None, whole, whole))
-    return _paint(rng, canvas, whole, middle, reach)
-
-
-def _outline(label: int, radius: float, angle: float) -> np.ndarray:
-    """Corners (P, 2) x, y of a shape inscribed in a circle of this radius about (0, 0)."""
-    name, corners = list(SHAPES.items())[label]
-    turn = angle + 2 * np.pi * np.arange(corners) / corners
-    reach = np.where(np.arange(corners) % 2, 0.45, 1.0) if name == "star" else 1.0
-    return radius * np.stack([reach * np.cos(turn), reach * np.sin(turn)], axis=1)
-
-
-def _fill(outlines: list[np.ndarray]) -> np.ndarray:
-    """Bool (512, 512): inside any of the outlines (P, 2), which are in pixels of the image."""
-    drawing = Image.new("L", (SIDE * FINE, SIDE * FINE))
-    for outline in outlines:
-        ImageDraw.Draw(drawing).polygon([tuple(point) for point in outline * FINE], fill=1)
-    return np.asarray(drawing) > 0
-
-
-def _coverage(fine: np.ndarray) -> np.ndarray:
-    """Bool (512, 512) -> the share (128, 128) of every pixel, exact sixteenths."""
-    return np.asarray(Image.fromarray(fine.astype(np.uint8) * 240).reduce(FINE)) / 240
-
-
-def _paint(rng: np.random.Generator, canvas: np.ndarray, whole: np.ndarray, centre: np.ndarray, radius: float) -> np.ndarray:
-    """The canvas with a shape in one colour, clearly another than what it covers, gently shaded and half of the time faintly striped."""
-    alpha = _coverage(whole)
-    under = canvas[alpha > 0.5][::3]
-    best, colour = -1, None
-    for _ in range(30):
-        candidate = 255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.5, 1), rng.uniform(0.3, 1)))
-        distance = np.quantile(np.linalg.norm(under - candidate, axis=1), 0.1)
-        if distance > best:
-            best, colour = distance, candidate
-        if best > 110:
-            break
-    y, x = np.mgrid[:SIDE, :SIDE] + 0.5
-    u, _ = _turned(x - centre[0], y - centre[1], rng.uniform(0, 2 * np.pi))
-    light = 1 + 0.15 * u / radius
-    if rng.random() < 0.5:
-        u, _ = _turned(x, y, rng.uniform(0, 2 * np.pi))
-        light = light + 0.08 * np.sin(2 * np.pi * u / rng.uniform(4, 8))
-    return canvas + alpha[..., None] * (np.clip(colour * light[..., None], 0, 255) - canvas)
+# The generated data set: what shapes.py draws, written in the formats above
 
 
 def _annotation(item: Item) -> dict | None:
     """An item in COCO's format, without ids but the category's: what is seen of it, more than half of a pixel."""
-    rle = mask_api.encode(np.asfortranarray(_coverage(item.visible) > 0.5, dtype=np.uint8))
+    rle = mask_api.encode(np.asfortranarray(coverage(item.visible) > 0.5, dtype=np.uint8))
     if item.outline is None:
         segmentation = {"size": [SIDE, SIDE], "counts": _run_lengths(mask_api.decode(rle))}
     elif np.array_equal(item.visible, item.whole) and item.outline.min() >= 0 and item.outline.max() <= SIDE:
@@ -1040,7 +880,7 @@ def _segment_map(scene: Scene) -> np.ndarray:
     """Segment ids int32 (128, 128), as Cityscapes makes them: 1000 * category id + the item's number. The ground's textures are the categories 5 to 8."""
     ids = 1000 * (len(SHAPES) + 1 + scene.regions.astype(np.int32))
     for number, item in enumerate(scene.items):
-        ids[_coverage(item.visible) > 0.5] = 1000 * (item.label + 1) + number
+        ids[coverage(item.visible) > 0.5] = 1000 * (item.label + 1) + number
     return ids
 
 
