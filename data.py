@@ -65,7 +65,9 @@ def find_panoptic(data_dir: str | Path | None, split: str, json: str | Path | No
     """(json file, folder of panoptic PNGs, image folder), as find_coco: of COCO's tree (annotations/panoptic_val2017.json) or Cityscapes'."""
     jsons = [name.format(stem) for stem in _stems(split) for name in ("annotations/panoptic_{}.json", "panoptic_{}.json")]
     json = _first_path(data_dir, json, [*jsons, f"gtFine/cityscapes_panoptic_{split}.json"], Path.is_file, f"{split}_json")
-    folders = [str(json.absolute().with_suffix("")), *(f"panoptic_{stem}" for stem in _stems(split))]
+    if panoptic is None and json.with_suffix("").is_dir():  # as both benchmarks are unpacked
+        panoptic = json.with_suffix("")
+    folders = [f"panoptic_{stem}" for stem in _stems(split)]
     return json, _first_path(data_dir, panoptic, folders, Path.is_dir, f"{split}_panoptic"), _find_images(data_dir, split, images)
 
 
@@ -205,7 +207,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
 def count_values(values: np.ndarray) -> dict[int, int]:
     """{value: how many pixels have it} of a map of integers (H, W), ascending. Counted by runs: far quicker than np.unique, as maps are made of areas."""
     flat = values.ravel()
-    starts = np.flatnonzero(np.diff(flat, prepend=flat[0] + 1))
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
     found, which = np.unique(flat[starts], return_inverse=True)
     return dict(zip(found.tolist(), np.bincount(which, np.diff(starts, append=flat.size)).astype(int).tolist(), strict=True))
 
@@ -315,7 +317,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def contents(self, index: int) -> list[tuple[int, bool]]:
         """(label, crowd) of each object, segment or class in an image."""
-        return [(fact.label, fact.crowd) for fact in self._facts(index)]
+        return [(fact.label, fact.crowd) for fact in self._facts(index) if fact.label >= 0]
 
     def truth(self) -> dict | None:
         """Objects as ground truth for pycocotools: {"info", "images", "annotations", "categories"}; None where there are none.
@@ -377,11 +379,11 @@ class ImageDataset(torch.utils.data.Dataset):
         return {category_id: label for label, category_id in enumerate(self.category_ids)}
 
     def _set_images(self, rows: list[dict], facts: dict[int, list], json: str | Path, keep_empty: bool, max_images: int) -> list[dict]:
-        """Takes over a json's images and what is known of each image id (a list of tuples that have `crowd`). Returns the rows that are kept.
+        """Takes over a json's images and what is known of each image id (a list of Annotation or Segment). Returns the rows that are kept.
 
         The facts are kept pickled in one array: forked workers share it, as no reference count in it ever changes.
         """
-        kept = [row for row in rows if keep_empty or any(not fact.crowd for fact in facts[row["id"]])][:max_images or None]
+        kept = [row for row in rows if keep_empty or any(fact.label >= 0 and not fact.crowd for fact in facts[row["id"]])][:max_images or None]
         if not kept:
             raise DataError(f"{json} lists no images" + (" with objects (keep_empty=True keeps those without)" if rows else ""))
         self.image_ids, self.sizes = [row["id"] for row in kept], np.array([(row["height"], row["width"]) for row in kept])
@@ -531,7 +533,7 @@ class PanopticDataset(ImageDataset):
         if pixels.shape[:2] != self._size(index):
             (height, width), (H, W) = pixels.shape[:2], self._size(index)
             raise DataError(f"panoptic PNG {path} is {width} x {height} pixels (width x height), the json says {W} x {H} for {where}: correct one of them")
-        ids = pixels.astype(np.int32) @ np.array([1, 256, 256 ** 2], np.int32)
+        ids = pixels[..., 0] + 256 * pixels[..., 1].astype(np.int32) + 256 ** 2 * pixels[..., 2].astype(np.int32)
         areas, told = count_values(ids), {fact.id for fact in facts}
         if unknown := sorted(areas.keys() - told - {0}):
             raise DataError(f"panoptic PNG {path} has the segment ids {unknown[:5]}, which the json does not list for {where}: add them, or make them 0 (void)")
@@ -555,9 +557,6 @@ class PanopticDataset(ImageDataset):
     def draw(self, truth: tuple[np.ndarray, list[dict]], view: View) -> tuple[list[int], torch.Tensor, None]:
         ids, segments = view.map(truth[0], 0), [segment for segment in truth[1] if not segment["iscrowd"]]
         return [self.category_ids.index(segment["category_id"]) for segment in segments], _masks_of(ids, [segment["id"] for segment in segments]), None
-
-    def contents(self, index: int) -> list[tuple[int, bool]]:
-        return [(fact.label, fact.crowd) for fact in self._facts(index) if fact.label >= 0]
 
     def truth(self) -> dict | None:
         """See ImageDataset: the segments of things."""
@@ -664,8 +663,7 @@ class SemanticDataset(ImageDataset):
 
     def draw(self, truth: np.ndarray, view: View) -> tuple[list[int], torch.Tensor, torch.Tensor | None]:
         labels = view.map(truth, -1)
-        present = [label for label in count_values(labels) if label >= 0]
-        ignore = labels < 0
+        present, ignore = [label for label in count_values(labels) if label >= 0], labels < 0
         return present, _masks_of(labels, present), torch.from_numpy(ignore) if ignore.any() else None
 
     def contents(self, index: int) -> list[tuple[int, bool]]:
@@ -692,21 +690,17 @@ def open_split(task: str, split: str, transform: Callable, *, data_dir: str | Pa
 def find_semantic(data_dir: str | Path | None, split: str, images: str | Path | None = None, labels: str | Path | None = None,
                   classes: str | Path | None = None) -> tuple[Path, Path, Coding]:
     """(image folder, folder of label PNGs, how they tell classes) of a split, "train" or "val"; see open_split."""
-    def folder(name: str, flag: str) -> Path:
-        return _first_path(data_dir, None, [name], Path.is_dir, f"{split}_{flag}")
-
-    known = jsonlib.loads((Path(__file__).parent / "assets/classes.json").read_text())
     root, own = Path(data_dir or "."), images or labels or classes
     if not own and (root / "gtFine").is_dir():
-        names, ids = known["cityscapes"]["names"], known["cityscapes"]["category_ids"]
+        names, ids = _known_classes("cityscapes")
         coding = Coding(names, list(range(len(names))), [255], ids, "_leftImg8bit", "_gtFine_labelTrainIds.png")
         if next(root.glob(f"gtFine/{split}/*/*{coding.label_end}"), None) is None:  # not converted: raw ids 0 .. 33, most of them no class
             coding = coding._replace(values=ids, ignored=[value for value in range(34) if value not in ids], label_end="_gtFine_labelIds.png")
-        return folder(f"leftImg8bit/{split}", "images"), folder(f"gtFine/{split}", "labels"), coding
+        return root / "leftImg8bit" / split, root / "gtFine" / split, coding
     if not own and (root / "images/training").is_dir():
-        names, ids = known["ade20k"]["names"], known["ade20k"]["category_ids"]
+        names, ids = _known_classes("ade20k")
         part = {"train": "training", "val": "validation"}[split]
-        return folder(f"images/{part}", "images"), folder(f"annotations/{part}", "labels"), Coding(names, ids, [0], ids)
+        return root / "images" / part, root / "annotations" / part, Coding(names, ids, [0], ids)
     label_folder = _first_path(data_dir, labels, [f"labels/{stem}" for stem in _stems(split)], Path.is_dir, f"{split}_labels")
     file = _first_path(data_dir, classes, ["classes.txt", "names.txt"], Path.is_file, "classes")
     names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -714,6 +708,11 @@ def find_semantic(data_dir: str | Path | None, split: str, images: str | Path | 
         raise DataError(f"{file} has {len(names)} classes, {len(set(names))} of them different: 1 to 255 names are needed, one a line, each once")
     numbers = list(range(len(names)))
     return _find_images(data_dir, split, images), label_folder, Coding(names, numbers, [255], numbers)
+
+
+def _known_classes(benchmark: str) -> tuple[list[str], list[int]]:
+    row = jsonlib.loads((Path(__file__).parent / "assets/classes.json").read_text())[benchmark]
+    return row["names"], row["category_ids"]
 
 
 def boxes_of_masks(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

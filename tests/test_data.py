@@ -351,7 +351,15 @@ def test_flips_are_mirror_images():
         assert torch.equal(masks[:, :30, :40].flip(-1), mirrored[:, :30, :40]) and mirrored[:, :30, :40].sum() == mirrored.sum() > 0
 
 
-def test_no_box_is_needed_for_what_is_out_of_sight():
+def test_wild_polygons_in_wild_windows_never_crash():
+    rng = np.random.default_rng(0)
+    for scale in (1e2, 1e4, 1e300):
+        polygons = [kept for _ in range(30) if (kept := data.clean_polygon((scale * rng.standard_normal(12)).tolist(), 40, 60))]
+        for corner in ((0, 0), (700, 0), (0, 1100), (790, 1190)):
+            assert data.rasterise([polygons], View((40, 60), (800, 1200), corner, (10, 10), (32, 32))).shape == (1, 32, 32)
+
+
+def test_nothing_is_drawn_of_what_is_out_of_sight():
     far = View((40, 60), (400, 600), (300, 500), (100, 100), (100, 100))
     assert not data.rasterise([[SQUARE], STAR], far).any()
 
@@ -422,6 +430,15 @@ def test_truth_scores_a_perfect_detection_fully(write):
 def test_truth_is_none_without_annotations(write):
     assert CocoDataset(*write(None), as_is).truth() is None
     assert CocoDataset(*write([]), as_is).truth() is None
+
+
+# Maps
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, bool])
+def test_counted_values(dtype):
+    for values in (np.random.default_rng(0).integers(0, 256, (40, 60)).astype(dtype), np.full((40, 60), 255).astype(dtype), np.ones((1, 1), dtype)):
+        assert data.count_values(values) == dict(zip(*(part.tolist() for part in np.unique(values, return_counts=True)), strict=True))
 
 
 # Panoptic data
