@@ -1,15 +1,17 @@
-"""Evaluation and pictures: box and mask AP, a page of predictions, own images, training curves.
+"""Evaluation and pictures: AP, panoptic quality, mIoU; a page of predictions, own images, training curves.
 
-    python evaluate.py CHECKPOINT --data=DIR [--out=DIR]                        # AP on the validation split, a page of pictures
+    python evaluate.py CHECKPOINT --data=DIR [--out=DIR]                        # scores the validation split, draws a page of pictures
     python evaluate.py CHECKPOINT --images=PATH --out=DIR [--threshold=0.3]     # a picture or a folder: overlays + predictions.json
     python evaluate.py CHECKPOINT --save_official=PATH                          # the weights under the released code's names
 
-CHECKPOINT is one of train.py or a released one. Also: --val_json=FILE --val_images=DIR (instead of what --data finds), --per_class,
---batch_size=1, --device=cuda|mps|cpu, and these fields of the checkpoint's Config: --max_images (here: of the validation split, 0 = all),
---test_short, --test_long, --detections, --workers, --object_threshold, --overlap_threshold, --temperature; of a released one, --box_init and --queries.
+CHECKPOINT is one of train.py or a released one. Also: --val_{json,images,panoptic,labels}=PATH and --classes=names.txt (instead of what --data
+finds), --val_instances=JSON (truth for the AP of a panoptic model's things; else its data's own segments), --tta (semantic models: the mean over
+scales and mirrored), --per_class, --batch_size=1, --device=cuda|mps|cpu, and these fields of the checkpoint's Config: --max_images (here: of the
+validation split, 0 = all), --test_short, --test_long, --detections, --workers, --precision, --object_threshold, --overlap_threshold, --temperature;
+of a released one, --box_init and --queries.
 
-The numbers are those of pycocotools (COCOeval, 100 detections an image), except that
-- what does not apply is None ("n/a"), never -1: no ground truth in the split, or none of that size or class;
+AP is that of pycocotools (COCOeval, 100 detections an image), PQ that of the panoptic task's own code, mIoU that of the released code, except that
+- what does not apply is None ("n/a"), never -1 or NaN: no ground truth in the split, or none of that size or class;
 - no detections at all is AP 0, where COCO.loadRes raises an IndexError;
 - every image counts once, whatever the number of processes: `torchrun --standalone --nproc_per_node=8 evaluate.py ...` shares the work.
 """
@@ -21,12 +23,12 @@ import math
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,10 +38,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scipy.ndimage import distance_transform_edt
 from torch.utils.data import DataLoader, Subset
-from torchvision.ops import box_convert, masks_to_boxes
+from torchvision.ops import box_convert
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 import data
@@ -47,6 +50,10 @@ import maskdino
 
 # ---------------------------------------------------------------------------------------------------------------- numbers
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+QUALITIES = ("PQ", "SQ", "RQ")
+PARTS = {"": (True, False), "_things": (True,), "_stuff": (False,)}                           # of the classes: which is_thing are in it
+SEMANTIC = ("mIoU", "fwIoU", "pixel_accuracy")
+MAPS = ("panoptic", "semantic")                                                               # tasks whose results are maps, every pixel in one region
 
 
 def coco_metrics(truth: dict | None, boxes: list, masks: list | None, image_ids) -> dict:
@@ -68,9 +75,7 @@ def coco_metrics(truth: dict | None, boxes: list, masks: list | None, image_ids)
     found = Counter(b["category_id"] for b in boxes if b["image_id"] in wanted)
     categories = sorted(truth["categories"], key=lambda c: c["id"])
     rows = [{"box_AP": None, "mask_AP": None, "truth": real[c["id"]], "detections": found[c["id"]]} for c in categories]
-    for kind, coco_kind, results in (("box", "bbox", boxes), ("mask", "segm", masks)):
-        if results is None:
-            continue
+    for kind, coco_kind, results in (("box", "bbox", boxes), ("mask", "segm", masks))[:1 if masks is None else 2]:
         p = _precision(truth, results, coco_kind, wanted)
         overall, small, medium, large = (p[..., area] for area in range(4))                   # (T, R, K) each
         parts = (overall, overall[0], overall[5], small, medium, large)                       # IoU thresholds 0.50, 0.55, 0.60 ...
@@ -86,7 +91,7 @@ def _precision(truth: dict, results: list, kind: str, image_ids: set) -> np.ndar
     areas = [rle.area(r["segmentation"]) if kind == "segm" else r["bbox"][2] * r["bbox"][3] for r in results]
     found = [r | {"id": i, "area": float(area), "iscrowd": 0} for i, (r, area) in enumerate(zip(results, areas, strict=True), start=1)]
     with contextlib.redirect_stdout(io.StringIO()):
-        scorer = COCOeval(_index(truth, truth["annotations"]), _index(truth, found), kind)
+        scorer = COCOeval(_index(truth, [dict(a) for a in truth["annotations"]]), _index(truth, found), kind)     # it writes into annotations
         scorer.params.imgIds = list(image_ids)
         scorer.evaluate()
         scorer.accumulate()
@@ -94,9 +99,9 @@ def _precision(truth: dict, results: list, kind: str, image_ids: set) -> np.ndar
 
 
 def _index(truth: dict, annotations: list) -> COCO:
-    """A COCO object of copies, as COCOeval writes into annotations. (COCO.loadRes would do, but fails on an empty list.)"""
+    """A COCO object with these annotations. (COCO.loadRes would do, but fails on an empty list.)"""
     coco = COCO()
-    coco.dataset = {"images": truth["images"], "categories": truth["categories"], "annotations": [dict(a) for a in annotations]}
+    coco.dataset = {"images": truth["images"], "categories": truth["categories"], "annotations": annotations}
     coco.createIndex()
     return coco
 
@@ -107,75 +112,188 @@ def _mean(precision: np.ndarray) -> float | None:
     return round(100 * float(known.mean()), 4) if known.size else None
 
 
+def panoptic_counts(truth: np.ndarray, truth_segments: list[dict], found: np.ndarray, found_segments: list[dict]) -> dict[int, np.ndarray]:
+    """One image's share of panoptic quality: {category id: [true positives, false positives, false negatives, the true ones' sum of IoU]}.
+
+    truth, found: int (H, W) segment ids, 0 is void. The segments: [{"id", "category_id"}], those of the truth with "iscrowd".
+
+    The benchmark's rules: segments of one class match when their IoU is above 0.5, the union without what is void in the truth. Crowds can neither be
+    found nor missed. A segment that matches nothing is no false positive where more than half of it lies on void or on the crowd of its class (on
+    the last one listed, should there be several).
+    """
+    common = {(pair >> 32, pair & 0xffffffff): pixels for pair, pixels in data.count_values(truth.astype(np.int64) << 32 | found).items()}
+    truth_area, found_area, counts = Counter(), Counter(), defaultdict(lambda: np.zeros(4))
+    for (t, f), pixels in common.items():
+        truth_area[t] += pixels
+        found_area[f] += pixels
+    missed = {s["id"]: s["category_id"] for s in truth_segments if not s["iscrowd"]}          # until matched
+    false = {s["id"]: s["category_id"] for s in found_segments}
+    crowds = {s["category_id"]: s["id"] for s in truth_segments if s["iscrowd"]}
+    for (t, f), pixels in common.items():
+        if t in missed and missed[t] == false.get(f):
+            iou = pixels / (truth_area[t] + found_area[f] - pixels - common.get((0, f), 0))
+            if iou > 0.5:                                                                     # which no other pair of t or f can have
+                counts[missed.pop(t)] += 1, 0, 0, iou
+                del false[f]
+    for category in missed.values():
+        counts[category] += 0, 0, 1, 0
+    for f, category in false.items():
+        if common.get((0, f), 0) + common.get((crowds.get(category), f), 0) <= found_area[f] / 2:
+            counts[category] += 0, 1, 0, 0
+    return dict(counts)
+
+
+def panoptic_metrics(counts: Iterable[dict], names: list[str], category_ids: list[int], is_thing: list[bool]) -> dict:
+    """Panoptic quality, PQ = SQ * RQ (arXiv 1801.00868), from `panoptic_counts` of every image.
+
+    Returns {"PQ", "SQ", "RQ", the same with _things and _stuff, "per_class": {name: {"PQ", "SQ", "RQ"}}} in 0..100. A class that is neither in the
+    truth nor predicted is None, and in no mean.
+    """
+    total = defaultdict(lambda: np.zeros(4))
+    for image in counts:
+        for category, count in image.items():
+            total[category] += count
+    rows = {}
+    for name, category in zip(names, category_ids, strict=True):
+        tp, fp, fn, iou = total[category].tolist()
+        size = tp + fp / 2 + fn / 2
+        rows[name] = {"PQ": 100 * iou / size, "SQ": 100 * iou / tp if tp else 0.0, "RQ": 100 * tp / size} if size else dict.fromkeys(QUALITIES)
+    metrics = {"per_class": rows}
+    for part, kinds in PARTS.items():
+        some = [rows[name] for name, thing in zip(names, is_thing, strict=True) if thing in kinds]
+        metrics |= {key + part: _average(row[key] for row in some) for key in QUALITIES}
+    return metrics
+
+
+def _average(values: Iterable[float | None]) -> float | None:
+    """Mean of the known ones; None where there is none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def confusion(truth: np.ndarray, found: np.ndarray, classes: int) -> np.ndarray:
+    """Pixels (classes, classes + 1) of each true class by predicted one. truth: int (H, W), -1 is not counted; found: int (H, W), `classes` is none."""
+    known = truth >= 0
+    return np.bincount(truth[known] * (classes + 1) + found[known], minlength=classes * (classes + 1)).reshape(classes, classes + 1)
+
+
+def semantic_metrics(pixels: np.ndarray, names: list[str]) -> dict:
+    """{"mIoU", "fwIoU" (weighted by the classes' true pixels), "pixel_accuracy", "per_class": {name: {"IoU"}}} in 0..100 from `confusion` of all images.
+
+    A class without a true pixel is None, and in no mean; where it is predicted, the true class loses the pixel.
+    """
+    hit, real, found = (counts.tolist() for counts in (pixels.diagonal(), pixels.sum(1), pixels.sum(0)[:-1]))
+    iou, total = [100 * h / (r + f - h) if r else None for h, r, f in zip(hit, real, found, strict=True)], sum(real)
+    weighted = sum(i * r for i, r in zip(iou, real, strict=True) if r) / total if total else None
+    metrics = dict(zip(SEMANTIC, (_average(iou), weighted, 100 * sum(hit) / total if total else None), strict=True))
+    return metrics | {"per_class": {name: {"IoU": i} for name, i in zip(names, iou, strict=True)}}
+
+
+EMPTY = dict.fromkeys([q + part for part in PARTS for q in QUALITIES] + [*SEMANTIC] + [f"{kind}_{name}" for kind in ("box", "mask") for name in METRICS])
+COLUMNS = (*QUALITIES, "IoU", "box_AP", "mask_AP", "truth", "detections")                     # of per_class
+
+
 def table(metrics: dict, per_class: bool = False) -> str:
     """The metrics as text: overall numbers, then a line per class when there are at most 20 (or with per_class=True)."""
-    def cells(values):
-        return "".join("    n/a" if v is None else f"{v:7.1f}" for v in values)
-
-    lines = ["    " + "".join(f"{name:>7}" for name in METRICS)]
-    lines += [f"{kind:4}" + cells(metrics[f"{kind}_{name}"] for name in METRICS) for kind in ("box", "mask")]
+    grids = {"PQ": (("all", "things", "stuff"), {q: [metrics.get(q + part) for part in PARTS] for q in QUALITIES}),
+             "mIoU": (SEMANTIC, {"": [metrics.get(name) for name in SEMANTIC]}),
+             "box_AP": (METRICS, {kind: [metrics.get(f"{kind}_{name}") for name in METRICS] for kind in ("box", "mask")})}
+    blocks = [_grid("", *grid) for key, grid in grids.items() if key in metrics]
     rows = metrics["per_class"]
     if rows and (per_class or len(rows) <= 20):
-        width = max(5, *map(len, rows))
-        lines += [f"\n{'class':{width}}    box   mask    truth detections"]
-        lines += [f"{name:{width}}{cells((row['box_AP'], row['mask_AP']))} {row['truth']:8} {row['detections']:10}" for name, row in rows.items()]
-    return "\n".join(lines)
+        columns = [name for name in COLUMNS if any(name in row for row in rows.values())]
+        blocks.append(_grid("class", columns, {name: [row.get(column) for column in columns] for name, row in rows.items()}))
+    return "\n\n".join(blocks)
+
+
+def _grid(corner: str, columns: Iterable[str], rows: dict[str, list]) -> str:
+    """Named rows of numbers under named columns."""
+    cells = {name: ["n/a" if v is None else f"{v:.1f}" if isinstance(v, float) else str(v) for v in row] for name, row in rows.items()}
+    first = max(4, *map(len, [corner, *rows]))
+    return "\n".join(f"{name:{first}}" + "".join(f"{cell:>{max(7, len(column) + 1)}}" for cell, column in zip(row, columns, strict=True))
+                     for name, row in [(corner, columns), *cells.items()])
 
 
 def hint(truth: dict | None, boxes: list) -> str:
     """Why numbers are missing or 0, in a sentence; empty when nothing is odd."""
     if truth is None:
-        return "the json has no annotations: predictions only, every metric is n/a"
+        return "the data have no annotations: predictions only, every metric is n/a"
     real, found = {a["category_id"] for a in truth["annotations"] if not a["iscrowd"]}, {b["category_id"] for b in boxes}
-    if not real:
-        return "no ground truth in this split: every metric is n/a"
-    if not found:
-        return "no detections at all: AP is 0"
+    if not real or not found:
+        return "no detections at all: AP is 0" if real else "no ground truth in this split: every metric is n/a"
     if not real & found:
         return f"hint: predicted category ids {sorted(found)[:5]} and true ones {sorted(real)[:5]} do not meet: is the checkpoint of these classes?"
     return ""
 
 
 # ------------------------------------------------------------------------------------------------------------- evaluation
-def resize_for_test(image: Image.Image, target: dict, short: int, long: int) -> tuple[torch.Tensor, dict]:
-    """The data set's transform at test time (as a partial with the sizes, see maskdino.preprocess); CocoDataset brings the masks along."""
-    return maskdino.preprocess(image, short, long), target
+def resize_for_test(image: Image.Image, _, short: int, long: int) -> tuple[torch.Tensor, None]:
+    """The data set's transform at test time (as a partial with the sizes, see maskdino.preprocess)."""
+    return maskdino.preprocess(image, short, long), None
 
 
-def evaluate(model, dataset, out: Path, *, batch_size: int = 1, workers: int = 0, per_class: bool = False) -> dict:
+def evaluate(model, dataset, out: Path, *, batch_size: int = 1, workers: int = 0, per_class: bool = False, tta: bool = False,
+             things: data.CocoDataset | None = None) -> dict:
     """Runs the model over a data set and scores it, in one process or under torch.distributed.
 
     model: a MaskDINO (not wrapped in DDP) on its device; it is left in the mode (train or eval) it came in.
-    dataset: a CocoDataset whose transform is the test-time resize. per_class: print the classes even when there are more than 20.
-    out: folder for results_bbox.json and results_segm.json, COCO's result format in pixels of the original images.
+    dataset: one of data.py's whose transform is the test-time resize. per_class: print the classes even when there are more than 20.
+    out: folder for the results in the formats of the benchmarks' servers, in pixels of the original images: results_bbox.json and results_segm.json;
+    panoptic.json with panoptic/*.png; semantic/*.png, whose values are the data's category ids (of a class that the data do not know: 255, or
+    65535 in 16 bits). tta: see `augmented`. things: the same images with other truth for the detections, whose category ids these then have.
 
-    Returns what coco_metrics returns, the same on every rank. Rank r takes the images r, r + world, ...; rank 0 scores, writes and prints.
-    Classes are matched by name; raises DataError when none is in common.
+    Returns, the same on every rank and in 0..100, the keys of EMPTY, None for what does not apply, and "per_class": what coco_metrics,
+    panoptic_metrics and semantic_metrics say of each. A panoptic model has all of it (its things are detections), a semantic one the last.
+    Rank r takes the images r, r + world, ... and writes their PNGs as it goes. Of an image no mask or map stays in memory, but counts and, a detection,
+    1.3 KB with its RLE; when rank 0 scores, pycocotools takes 5 KB more. Classes are matched by name; raises DataError when none is in common.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = _share(model, dataset, rank, world, batch_size, workers)
+    out, task, indices = Path(out), model.config.task, range(rank, len(dataset), world)
+    (out / task if task in MAPS else out).mkdir(parents=True, exist_ok=True)
+    things, bare = things or dataset, dataset.without_objects()
+    record = partial(_record, dataset=dataset, ids=_category_ids(model.classes, dataset), thing_ids=_category_ids(model.classes, things), out=out)
+    if tta:
+        bare.transform = _whole
+    loader = DataLoader(Subset(bare, indices), batch_size, num_workers=workers, collate_fn=data.collate, pin_memory=next(model.parameters()).is_cuda)
+    names, share = iter(zip(indices, _stems(dataset.file_names)[rank::world], strict=True)), []
+    with _inference(model):
+        for images, targets in tqdm(loader, "evaluate", unit="batch", disable=rank > 0, leave=False):
+            results = (_augment if tta else _detect)(model, images, targets, [t["original_size"] for t in targets], dataset.has_truth)
+            share += [record(result, *next(names)) for result in results]
     shares, answer = [share] if world == 1 else [None] * world, [None]
     if world > 1:
         dist.gather_object(share, shares if rank == 0 else None, dst=0)
     if rank == 0:
-        found = [shares[i % world][i // world] for i in range(len(dataset))]                  # the data set's order again
-        answer = [_score(dataset, found, Path(out), per_class, model.config.task != "detection")]
+        found = [shares[i % world][i // world] for i in range(len(dataset))]                  # the data set's order again: sums do not depend on `world`
+        answer = [_score(dataset, things, found, out, task, per_class)]
     if world > 1:
         dist.broadcast_object_list(answer, src=0)
     return answer[0]
 
 
-def _share(model, dataset, rank: int, world: int, batch_size: int, workers: int) -> list:
-    """This rank's part of the results, [(image id, entries)]. Masks become RLE image by image, so memory does not grow with them."""
-    ids = _category_ids(model.classes, dataset)
-    part, pin = Subset(dataset.without_objects(), range(rank, len(dataset), world)), next(model.parameters()).device.type == "cuda"
-    loader = DataLoader(part, batch_size, num_workers=workers, collate_fn=data.collate, pin_memory=pin)
-    share = []
-    with _inference(model):
-        for images, targets in tqdm(loader, "evaluate", unit="batch", disable=rank > 0, leave=False):
-            results = _detect(model, images, targets, [t["original_size"] for t in targets])
-            share += [(t["image_id"], _entries(r, ids)) for t, r in zip(targets, results, strict=True)]
-    return share
+def _record(result: dict, index: int, name: str, dataset, ids: list[int | None], thing_ids: list[int | None], out: Path) -> dict:
+    """What is kept of an image's result, which is little; its PNG is written. ids, thing_ids: each label's category id, in maps and in detections."""
+    record = {"image_id": dataset.image_ids[index], "file_name": f"{name}.png"}
+    if "labels" in result:
+        record["entries"] = _entries(result, thing_ids)
+    if "panoptic" in result:
+        found, record["segments_info"] = _save_segments(result, ids, out / "panoptic" / f"{name}.png")
+        if dataset.has_truth:
+            record["counts"] = panoptic_counts(*dataset.segments(index), found, record["segments_info"])
+    elif "semantic" in result:
+        _save_labels(result["semantic"], ids, out / "semantic" / f"{name}.png")
+    if "semantic" in result and dataset.has_truth:
+        K = len(dataset.category_ids)
+        places = np.array([K if i is None else dataset.category_ids.index(i) for i in ids])
+        pixels = confusion(dataset.label_map(index), places[result["semantic"].cpu().numpy()], K).ravel()
+        record["pixels"] = (cells := pixels.nonzero()[0]), pixels[cells]                      # most are 0
+    return record
+
+
+def _stems(files: list[Path]) -> list[str]:
+    """A name for what is made of each file: its stem; where two share that, its name (a.png.png, a.bmp.png); where two share that, its path."""
+    stems, names = Counter(f.stem for f in files), Counter(f.name for f in files)
+    return [f.stem if stems[f.stem] == 1 else f.name if names[f.name] == 1 else f.as_posix().strip("/").replace("/", "_") for f in files]
 
 
 def _category_ids(classes: dict, dataset) -> list[int | None]:
@@ -199,18 +317,56 @@ def _missing(classes: dict, dataset) -> str:
 def _inference(model):
     """Eval mode without gradients; afterwards the mode is as before."""
     training = model.training
-    model.eval()
     try:
         with torch.no_grad():
-            yield
+            yield model.eval()
     finally:
         model.train(training)
 
 
-def _detect(model, images: torch.Tensor, targets: list, sizes: list) -> list:
-    """The model's results for a collated batch, in pixels of images of the given (H, W) sizes."""
+def autocast(config: maskdino.Config, device: torch.device) -> contextlib.AbstractContextManager:
+    """bfloat16 where asked for, or by itself on GPUs that have it. Matcher, losses and post-processing stay outside."""
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def _forward(model, images: torch.Tensor, sizes: list[tuple[int, int]]) -> maskdino.Output:
+    device = next(model.parameters()).device
+    with autocast(model.config, device):
+        return model(images.to(device, non_blocking=True), sizes)
+
+
+def _detect(model, images: torch.Tensor, targets: list, sizes: list, semantic: bool = False) -> list:
+    """The model's results for a collated batch, in pixels of images of the given (H, W) sizes. semantic: also of a panoptic model."""
     valid = [t["size"] for t in targets]
-    return model.postprocess(model(images.to(next(model.parameters()).device, non_blocking=True), valid), valid, sizes)
+    return model.postprocess(_forward(model, images, valid), valid, sizes, semantic)
+
+
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)          # of the test size; Mask2Former's for ADE20K
+
+
+def augmented(model, image: Image.Image) -> torch.Tensor:
+    """Test-time augmentation: the mean of a semantic model's class scores, (K, H, W) in the image's size, over SCALES, each as it is and mirrored."""
+    config, total = model.config, 0
+    for scale in SCALES:
+        x = maskdino.preprocess(image, round(scale * config.test_short), round(scale * config.test_long))
+        size = tuple(x.shape[-2:])
+        for mirror in (lambda t: t, lambda t: t.flip(-1)):
+            output = _forward(model, F.pad(mirror(x), (0, -size[1] % 32, 0, -size[0] % 32))[None], [size])
+            frame = maskdino.Frame(output.padded, size, (image.height, image.width))
+            last = maskdino.rows(list(output.sets.values())[-1], 0, 0)
+            total += mirror(maskdino.semantic_of(last, output.pixels[0], frame, config.temperature, config.class_loss))
+    return total.div_(2 * len(SCALES))
+
+
+def _whole(image: Image.Image, _) -> tuple[torch.Tensor, None]:
+    """A transform that leaves the image as it is, as `augmented` wants it."""
+    return pil_to_tensor(image), None
+
+
+def _augment(model, images: torch.Tensor, targets: list, sizes: list, _) -> list:
+    """As `_detect`, for semantic models and images that are not resized."""
+    return [{"semantic": augmented(model, to_pil_image(image[:, :h, :w])).argmax(0)} for image, (h, w) in zip(images, sizes, strict=True)]
 
 
 def _entries(result: dict, category_ids: list[int | None]) -> list[dict]:
@@ -218,8 +374,6 @@ def _entries(result: dict, category_ids: list[int | None]) -> list[dict]:
 
     category_ids: of each label; instances of a label without one are left out.
     """
-    known = torch.tensor([i is not None for i in category_ids], device=result["labels"].device)[result["labels"]]
-    result = {key: result[key][known] for key in ("scores", "labels", "boxes", "masks") if key in result}
     boxes = box_convert(result["boxes"].cpu().double(), "xyxy", "xywh").tolist()
     rows = zip(result["labels"].tolist(), result["scores"].tolist(), boxes, strict=True)
     entries = [{"category_id": category_ids[k], "score": round(score, 6), "bbox": [round(v, 3) for v in box]} for k, score, box in rows]
@@ -227,20 +381,56 @@ def _entries(result: dict, category_ids: list[int | None]) -> list[dict]:
         columns = result["masks"].transpose(1, 2).to(torch.uint8).contiguous().cpu().numpy()  # (N, W, H) is (H, W, N) in Fortran's order
         for entry, code in zip(entries, rle.encode(columns.transpose(2, 1, 0)), strict=True):
             entry["segmentation"] = {"size": [int(n) for n in code["size"]], "counts": code["counts"].decode()}
-    return entries
+    return [entry for entry in entries if entry["category_id"] is not None]
 
 
-def _score(dataset, found: list, out: Path, per_class: bool, has_masks: bool) -> dict:
-    """Writes the result files, prints the table, returns the metrics. found: [(image id, entries)] of every image."""
-    out.mkdir(parents=True, exist_ok=True)
-    results = {}
-    for name, key in (("bbox", "bbox"), ("segm", "segmentation"))[:1 + has_masks]:
-        results[name] = [{"image_id": image} | {k: entry[k] for k in ("category_id", key, "score")} for image, entries in found for entry in entries]
-        (out / f"results_{name}.json").write_text(json.dumps(results[name]))
-    truth = dataset.truth()
-    metrics = coco_metrics(truth, results["bbox"], results.get("segm"), [image for image, _ in found])
-    print("\n".join(filter(None, (table(metrics, per_class), hint(truth, results["bbox"])))), flush=True)
-    return metrics
+def _save_segments(result: dict, ids: list[int | None], file: Path) -> tuple[np.ndarray, list[dict]]:
+    """Writes a panoptic result as COCO's PNG; returns its ids (H, W) and segments. What has no category id becomes void."""
+    segments = [{"id": s["id"], "category_id": ids[s["label"]], "isthing": int(s["isthing"]), "score": round(s["score"], 6)} for s in result["segments"]]
+    known = np.array([0] + [s["id"] * (s["category_id"] is not None) for s in segments])      # segment ids are 1, 2, 3 ... in order
+    found = known[result["panoptic"].cpu().numpy()]
+    data.save_ids(found, file)
+    return found, [s for s in segments if s["category_id"] is not None]
+
+
+def _save_panoptic(records: list[dict], ids: list[int], names: list[str], is_thing: list[bool], out: Path) -> None:
+    """Writes panoptic.json, which says in COCO's format what is in panoptic/*.png."""
+    annotations = [{key: record[key] for key in ("image_id", "file_name", "segments_info")} for record in records]
+    categories = [{"id": i, "name": name, "isthing": int(thing)} for i, name, thing in zip(ids, names, is_thing, strict=True)]
+    (out / "panoptic.json").write_text(json.dumps({"annotations": annotations, "categories": categories}))
+
+
+def _save_labels(labels: torch.Tensor, ids: list[int | None], file: Path) -> None:
+    """Writes labels (H, W) as a grey PNG of category ids, with 16 bits where 8 do not do; its highest value where there is no id."""
+    kind = np.uint8 if max(i or 0 for i in ids) < 255 else np.uint16
+    Image.fromarray(np.array([np.iinfo(kind).max if i is None else i for i in ids], kind)[labels.cpu().numpy()]).save(file)
+
+
+def _score(dataset, things, found: list[dict], out: Path, task: str, per_class: bool) -> dict:
+    """Writes the json files, prints the table, returns the metrics. found: `_record` of every image."""
+    parts, remark, K = [], "", len(dataset.class_names)
+    if task == "panoptic":
+        _save_panoptic(found, dataset.category_ids, dataset.class_names, dataset.is_thing, out)
+        parts.append(panoptic_metrics((record.get("counts", {}) for record in found), dataset.class_names, dataset.category_ids, dataset.is_thing))
+    if task in MAPS:
+        pixels = np.zeros(K * (K + 1), np.int64)
+        for cells, values in (record["pixels"] for record in found if "pixels" in record):
+            pixels[cells] += values
+        parts.append(semantic_metrics(pixels.reshape(K, K + 1), dataset.class_names))
+    if task != "semantic":
+        truth, results = things.truth(), {"segm": None}
+        for name, key in (("bbox", "bbox"), ("segm", "segmentation"))[:1 + (task != "detection")]:
+            results[name] = [{"image_id": record["image_id"]} | {k: entry[k] for k in ("category_id", key, "score")}
+                             for record in found for entry in record["entries"]]
+            (out / f"results_{name}.json").write_text(json.dumps(results[name]))
+        parts.append(coco_metrics(truth, results["bbox"], results["segm"], [record["image_id"] for record in found]))
+        remark = hint(truth, results["bbox"])
+    rows = {}
+    for name, row in (item for part in parts for item in part["per_class"].items()):
+        rows.setdefault(name, {}).update(row)
+    metrics = {key: value for part in parts for key, value in part.items()} | {"per_class": rows}
+    print("\n".join(filter(None, (table(metrics, per_class), remark))), flush=True)
+    return EMPTY | metrics
 
 
 # --------------------------------------------------------------------------------------------------------------- pictures
@@ -253,9 +443,7 @@ def colour(label: int) -> tuple[int, int, int]:
     return tuple(round(255 * c) for c in rgb)
 
 
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
+_font = cache(ImageFont.load_default)
 
 
 def overlay(image: torch.Tensor, labels: list[int], scores, boxes: torch.Tensor, masks: torch.Tensor | None, names: list[str],
@@ -267,9 +455,8 @@ def overlay(image: torch.Tensor, labels: list[int], scores, boxes: torch.Tensor,
     Returns uint8 (3, H', W') on the CPU.
     """
     _, H, W = image.shape
-    scale = (side or max(H, W, 384)) / max(H, W)
-    h, w = max(1, round(H * scale)), max(1, round(W * scale))
-    image = resize(image.cpu(), [h, w], antialias=True)
+    image = _enlarged(image, side)
+    _, h, w = image.shape
     if not len(labels):
         return image
     boxes = boxes.cpu().float() * torch.tensor([w / W, h / H] * 2)
@@ -279,28 +466,68 @@ def overlay(image: torch.Tensor, labels: list[int], scores, boxes: torch.Tensor,
     ordered = [colours[i] for i in order]
     if masks is not None:
         masks = F.interpolate(masks.cpu()[order, None].float(), (h, w), mode="bilinear", antialias=True)[:, 0] > 0.5
-        inner = -F.max_pool2d(-masks.float(), 3, 1, 1) > 0
-        image = draw_segmentation_masks(image, _uncovered(masks), alpha=0.45, colors=ordered)
-        image = draw_segmentation_masks(image, _uncovered(masks & ~inner), alpha=1.0, colors=ordered)
+        image = _paint(image, _stacked(masks), ordered, is_map=False)
     canvas = to_pil_image(draw_bounding_boxes(image, boxes[order], colors=ordered, width=max(1, round(max(h, w) / 640))))
     texts = [names[k] if scores is None else f"{names[k]} {float(scores[i]):.2f}" for i, k in enumerate(labels)]
     _write_labels(canvas, boxes.tolist(), texts, colours, max(12, round(max(h, w) / 55)))
     return pil_to_tensor(canvas)
 
 
-def _uncovered(masks: torch.Tensor) -> torch.Tensor:
-    """Each mask (N, H, W) without what later ones cover: torchvision paints overlaps black."""
-    covered = masks.flip(0).cumsum(0).flip(0) - masks.int()
-    return masks & (covered == 0)
+def overlay_map(image: torch.Tensor, regions: torch.Tensor, labels: list[int], names: list[str], side: int = 0) -> torch.Tensor:
+    """Paints a picture each of whose pixels is in one region or in none (dark), and writes names into all but tiny ones.
+
+    image: uint8 (3, H, W). regions: int (H, W), an index into labels, -1 is none. names, side: as for `overlay`.
+    Returns uint8 (3, H', W') on the CPU.
+    """
+    image, colours = _enlarged(image, side), [colour(label) for label in labels]
+    _, h, w = image.shape
+    regions = F.interpolate(regions[None, None].cpu().float(), (h, w), mode="nearest-exact")[0, 0].long()
+    canvas, size = to_pil_image(_paint(image, regions, colours, is_map=True)), max(12, round(max(h, w) / 55))
+    areas, spots = (regions + 1).flatten().bincount(minlength=len(labels) + 1)[1:], []
+    named = [i for i in areas.argsort(descending=True, stable=True).tolist() if areas[i] > size ** 2]
+    for i in named:
+        inner = distance_transform_edt(np.pad(regions == i, 1))[1:-1, 1:-1]
+        y, x = np.unravel_index(inner.argmax(), inner.shape)                                  # the point farthest from the border
+        spots.append((x, y - size / 2, x, y + size / 2))
+    _write_labels(canvas, spots, [names[labels[i]] for i in named], [colours[i] for i in named], size)
+    return pil_to_tensor(canvas)
+
+
+def _paint(image: torch.Tensor, regions: torch.Tensor, colours: list, is_map: bool) -> torch.Tensor:
+    """The picture with each region in its colour. Of a map it is grey, so that a hue is a class; dark in no region; borders are white, between
+    instances of a class, too."""
+    r, paint = regions[None].float(), torch.tensor([*colours, (0, 0, 0)])[regions].permute(2, 0, 1)
+    border = (F.max_pool2d(r, 3, 1, 1) != r)[0]                                               # on one side of the line
+    if is_map:
+        image, paint[:, border] = image.float().mean(0), 255
+    else:
+        border = (border | (F.max_pool2d(-r, 3, 1, 1) != -r)[0]) & (regions >= 0)
+    share = torch.where(border, 1.0, torch.where(regions < 0, 0.75 * is_map, 0.45))
+    return (image * (1 - share) + paint * share).round().byte()
+
+
+def _stacked(masks: torch.Tensor) -> torch.Tensor:
+    """Index (H, W) of the last of N masks that covers each pixel, -1 where none does."""
+    regions = torch.full(masks.shape[1:], -1)
+    for i, mask in enumerate(masks):
+        regions[mask] = i
+    return regions
+
+
+def _enlarged(image: torch.Tensor, side: int) -> torch.Tensor:
+    """The picture on the CPU, its longer side `side` pixels; 0: its own, but at least 384."""
+    _, H, W = image.shape
+    scale = (side or max(H, W, 384)) / max(H, W)
+    return resize(image.cpu(), [max(1, round(H * scale)), max(1, round(W * scale))], antialias=True)
 
 
 def _write_labels(canvas: Image.Image, boxes: list, texts: list, colours: list, size: int) -> None:
-    """A text on its colour above each box (xyxy), or else inside or below; where all that is taken by earlier texts, none."""
+    """A text on its colour above each box (xyxy), or else inside or below, or around a box without width; where that is taken by earlier texts, none."""
     draw, font, taken = ImageDraw.Draw(canvas), _font(size), []
-    for (left, top, _, bottom), text, rgb in zip(boxes, texts, colours, strict=True):
+    for (left, top, right, bottom), text, rgb in zip(boxes, texts, colours, strict=True):
         w, h = math.ceil(draw.textlength(text, font)) + 5, size + 3
-        x = max(0, min(int(left), canvas.width - w))
-        for y in map(int, (top - h, top, bottom - h, bottom)):
+        x = max(0, min(int(left if left < right else left - w / 2), canvas.width - w))
+        for y in map(int, (top - h, top, bottom - h, bottom) if left < right else (top,)):
             if 0 <= y <= canvas.height - h and all(x >= x1 or x + w <= x0 or y >= y1 or y + h <= y0 for x0, y0, x1, y1 in taken):
                 taken.append((x, y, x + w, y + h))
                 draw.rectangle(taken[-1], fill=rgb)
@@ -320,7 +547,7 @@ def page(dataset, model, path: Path, count: int = 12, threshold: float = 0.3, ti
     left = [gap + i * (side + gap) + i // 2 * gap for i in range(2 * pairs)]                  # twice the gap between pairs
     sheet = Image.new("RGB", (left[-1] + side + gap, top + sum(heights) + gap * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
-    title = title or f"{count} of {len(dataset)} images: truth beside prediction, scores from {threshold:g}"
+    title = title or f"{count} of {len(dataset)} images: truth beside prediction" + f", scores from {threshold:g}" * (model.config.task not in MAPS)
     draw.text((gap, 22), title, fill="black", font=_font(20), anchor="lm")
     for i, x in enumerate(left):
         draw.text((x + side / 2, top - 14), ("truth", "prediction")[i % 2], fill="#444444", font=_font(15), anchor="mm")
@@ -335,13 +562,25 @@ def _pair(dataset, index: int, model, threshold: float, side: int) -> list[Image
     """Truth and prediction of one image, drawn."""
     image, target = dataset[index]
     result = _detect(model, *data.collate([(image, target)]), [target["size"]])[0]
-    result = maskdino.above(result, threshold)
     names, (H, W) = list(dict.fromkeys([*model.classes["names"], *dataset.class_names])), target["size"]
-    labels = [names.index(dataset.class_names[k]) for k in target["labels"].tolist()]
-    boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor([W, H, W, H])
-    truth = overlay(image, labels, None, boxes, target["masks"].bool() if "masks" in result else None, names, side)
-    guess = overlay(image, result["labels"].tolist(), result["scores"], result["boxes"], result.get("masks"), names, side)
-    return [to_pil_image(truth), to_pil_image(guess)]
+    labels, masks = [names.index(dataset.class_names[k]) for k in target["labels"].tolist()], target["masks"].bool()
+    if model.config.task in MAPS:
+        truth = overlay_map(image, _stacked(masks), labels, names, side)
+    else:
+        boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor([W, H, W, H])
+        truth = overlay(image, labels, None, boxes, masks if "masks" in result else None, names, side)
+    return [to_pil_image(truth), to_pil_image(_drawn(image, result, names, threshold, side))]
+
+
+def _drawn(image: torch.Tensor, result: dict, names: list[str], threshold: float, side: int = 0) -> torch.Tensor:
+    """A result on its picture (3, H, W): detections with scores above the threshold, or a panoptic or semantic map."""
+    if "panoptic" in result:                                                                  # segment ids are 1, 2, 3 ... in order
+        return overlay_map(image, result["panoptic"] - 1, [s["label"] for s in result["segments"]], names, side)
+    if "semantic" in result:
+        labels, regions = result["semantic"].unique(return_inverse=True)
+        return overlay_map(image, regions, labels.tolist(), names, side)
+    result = maskdino.above(result, threshold)
+    return overlay(image, result["labels"].tolist(), result["scores"], result["boxes"], result.get("masks"), names, side)
 
 
 # ----------------------------------------------------------------------------------------------------------------- curves
@@ -349,9 +588,9 @@ INKS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c56
 
 
 def curves(log_path: Path, path: Path) -> None:
-    """Draws a run's log.jsonl as a page of four charts: loss, learning rate, gradient norm, AP.
+    """Draws a run's log.jsonl as a page of four charts: loss, learning rate, gradient norm, scores.
 
-    Lines: {"kind": "step", "step", "loss", "lr", "grad_norm", "losses": {part: value}} and {"kind": "epoch", "step", "box_AP", "mask_AP"}.
+    Lines: {"kind": "step", "step", "loss", "lr", "grad_norm", "losses": {part: value}} and {"kind": "epoch", "step", "box_AP", "mask_AP", "PQ", "mIoU"}.
     Parts whose names differ only before the last "/" (the same part of several layers) are drawn as one line, their mean.
     """
     lines = [json.loads(line) for line in Path(log_path).read_text().splitlines()]
@@ -366,10 +605,11 @@ def curves(log_path: Path, path: Path) -> None:
 
     names = list(dict.fromkeys(key.rpartition("/")[2] for row in steps for key in row["losses"]))[:len(INKS)]
     loss = {name: (ink, points(steps, partial(part, name))) for ink, name in zip(INKS, names, strict=False)}
+    scores = [key for key in ("box_AP", "mask_AP", "PQ", "mIoU") if any(row.get(key) is not None for row in epochs)]
     charts = {"loss (log scale)": {"total": ("#222222", points(steps, lambda row: row["loss"]))} | loss,
               "learning rate": {"lr": (INKS[0], points(steps, lambda row: row["lr"]))},
               "gradient norm": {"grad_norm": (INKS[0], points(steps, lambda row: row["grad_norm"]))},
-              "AP": {key: (ink, points(epochs, lambda row, key=key: row.get(key))) for ink, key in zip(INKS, ("box_AP", "mask_AP"), strict=False)}}
+              ", ".join(scores) or "AP": {key: (ink, points(epochs, lambda row, key=key: row.get(key))) for ink, key in zip(INKS, scores, strict=False)}}
     zoom, width, height, margin = 2, 700, 400, 24                                             # drawn twice as large, then halved: smooth lines
     sheet = Image.new("RGB", (zoom * (2 * width + 3 * margin), zoom * (2 * height + 3 * margin)), "white")
     for i, (title, series) in enumerate(charts.items()):
@@ -387,9 +627,8 @@ def _thin(points: list, bins: int = 250) -> list[tuple[float, float]]:
 def _ticks(low: float, high: float, log: bool) -> list[float]:
     """Round numbers within low..high: about 3 to 8 of them. log: the bounds are exponents of 10, the numbers are not."""
     if log:
-        values = [m * 10.0 ** e for e in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
-        values = [v for v in values if low <= math.log10(v) <= high]
-        return values if len(values) < 9 else [v for v in values if f"{v:e}"[0] == "1"]
+        digits = (1, 2, 5) if high - low < 3 else (1,)
+        return [m * 10.0 ** e for e in range(math.floor(low), math.ceil(high) + 1) for m in digits if low <= e + math.log10(m) <= high]
     rough = (high - low) / 3
     step = 10.0 ** math.floor(math.log10(rough))
     step *= 5 if 5 * step <= rough else 2 if 2 * step <= rough else 1
@@ -438,11 +677,8 @@ def _chart(draw: ImageDraw.ImageDraw, area: list, title: str, series: dict, zoom
 
 
 # ------------------------------------------------------------------------------------------------------------- own images
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-
-
-def predict_folder(model, images: Path, out: Path, threshold: float = 0.3) -> list[dict]:
-    """Predicts one picture or a folder of them, one at a time.
+def predict_folder(model, images: Path, out: Path, threshold: float = 0.3, tta: bool = False) -> list[dict]:
+    """Predicts one picture or a folder of them, one at a time; tta: see `augmented`.
 
     Leaves in `out` an overlay per picture (its stem, or its name where two share a stem; .jpg for JPEG, else .png) and predictions.json: a list of
     {file_name, category_id, category_name, score, bbox [x, y, w, h], segmentation {size, counts}} in pixels of the original image,
@@ -454,64 +690,38 @@ def predict_folder(model, images: Path, out: Path, threshold: float = 0.3) -> li
     if out.resolve() == files[0].resolve().parent:
         raise data.DataError(f"--out={out} is the pictures' own folder, where overlays would replace them: choose another")
     task, names, ids = model.config.task, model.classes["names"], model.classes["category_ids"]
-    (out / task if task in ("panoptic", "semantic") else out).mkdir(parents=True, exist_ok=True)
-    predictions, segments, stems = [], [], Counter(file.stem for file in files)
-    for file in tqdm(files, "predict", unit="image", leave=False):
-        image = _open_picture(file)
-        result = model.predict([image], threshold=threshold)[0]
-        stem = file.stem if stems[file.stem] == 1 else file.name                              # a.png beside a.bmp: a.png.png, a.bmp.png
+    (out / task if task in MAPS else out).mkdir(parents=True, exist_ok=True)
+    predictions, segments = [], []
+    for file, stem in zip(tqdm(files, "predict", unit="image", leave=False), _stems(files), strict=True):
+        with data.opened(file) as picture:
+            image = ImageOps.exif_transpose(picture).convert("RGB")                           # phones store the camera's orientation beside the pixels
+        result = {"semantic": augmented(model, image).argmax(0)} if tta else model.predict([image], threshold=threshold)[0]
         if task == "semantic":
             seen, areas = result["semantic"].unique(return_counts=True)
             rows = [(k, {"category_id": ids[k], "area": n}) for k, n in zip(seen.tolist(), areas.tolist(), strict=True)]
-            Image.fromarray(np.array(ids, np.uint8)[result["semantic"].cpu()]).save(out / task / f"{stem}.png")
+            _save_labels(result["semantic"], ids, out / task / f"{stem}.png")
         else:
             rows = list(zip(result["labels"].tolist(), _entries(result, ids), strict=True))
         if task == "panoptic":
-            segments.append({"image_id": file.stem, "file_name": f"{stem}.png", "segments_info": [
-                {"id": s["id"], "category_id": ids[s["label"]], "isthing": int(s["isthing"]), "score": round(s["score"], 6)} for s in result["segments"]]})
-            number = result["panoptic"].cpu().numpy()
-            Image.fromarray(np.stack([number >> shift & 255 for shift in (0, 8, 16)], -1).astype(np.uint8)).save(out / task / f"{stem}.png")
+            _, kept = _save_segments(result, ids, out / task / f"{stem}.png")
+            segments.append({"image_id": file.stem, "file_name": f"{stem}.png", "segments_info": kept})
         predictions += [{"file_name": file.name, "category_id": row["category_id"], "category_name": names[k]} | row for k, row in rows]
         suffix = ".jpg" if file.suffix.lower() in (".jpg", ".jpeg") else ".png"
-        to_pil_image(overlay(pil_to_tensor(image), *_drawn(result), names)).save(out / f"{stem}{suffix}", quality=92)
+        to_pil_image(_drawn(pil_to_tensor(image), result, names, threshold)).save(out / f"{stem}{suffix}", quality=92)
     (out / "predictions.json").write_text(json.dumps(predictions, indent=1))
     if task == "panoptic":
-        categories = [{"id": i, "name": name, "isthing": int(thing)} for i, name, thing in zip(ids, names, model.classes["is_thing"], strict=True)]
-        (out / "panoptic.json").write_text(json.dumps({"annotations": segments, "categories": categories}, indent=1))
+        _save_panoptic(segments, ids, names, model.classes["is_thing"], out)
     return predictions
-
-
-def _drawn(result: dict) -> tuple[list[int], Any, torch.Tensor, torch.Tensor | None]:
-    """Labels, scores, boxes and masks that an overlay shows: detections, or the regions of a panoptic or semantic map."""
-    if "panoptic" in result:
-        labels, scores = ([s[key] for s in result["segments"]] for key in ("label", "score"))
-        masks = [result["panoptic"] == s["id"] for s in result["segments"]]
-    elif "semantic" in result:
-        labels, scores = result["semantic"].unique().tolist(), None
-        masks = [result["semantic"] == k for k in labels]
-    else:
-        return result["labels"].tolist(), result["scores"], result["boxes"], result.get("masks")
-    masks = torch.stack(masks) if masks else torch.zeros(0, 1, 1, dtype=torch.bool)
-    return labels, scores, masks_to_boxes(masks), masks
 
 
 def _picture_files(images: Path) -> list[Path]:
     """The picture that `images` is, or the pictures in that folder (not below it), sorted."""
     if not images.exists():
         raise data.DataError(f"--images={images}: there is no such file or folder; name a picture or a folder of pictures")
-    files = [images] if images.is_file() else sorted(f for f in images.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != ".")
+    files = [images] if images.is_file() else sorted(f for f in images.iterdir() if f.suffix.lower() in data.SUFFIXES and f.name[0] != ".")
     if not files:
-        raise data.DataError(f"--images={images}: no picture ({' '.join(SUFFIXES)}) in this folder; folders below it are not searched")
+        raise data.DataError(f"--images={images}: no picture ({' '.join(data.SUFFIXES)}) in this folder; folders below it are not searched")
     return files
-
-
-def _open_picture(file: Path) -> Image.Image:
-    """The picture as RGB, upright: phones store the camera's orientation beside the pixels (EXIF)."""
-    try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:         # SyntaxError is how Pillow calls a broken PNG
-        raise data.DataError(f"{file} is not a picture that can be read ({error}): repair it, or take it away") from error
 
 
 # -------------------------------------------------------------------------------------------------------------- processes
@@ -558,10 +768,12 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 # ----------------------------------------------------------------------------------------------------------- command line
-ACTIONS = {"data": str, "out": str, "images": str, "threshold": float, "val_json": str, "val_images": str, "per_class": bool,
-           "batch_size": int, "device": str, "save_official": str}
-DEFAULTS = dict.fromkeys(ACTIONS) | {"threshold": 0.3, "per_class": False, "batch_size": 1}
-OVERRIDES = ("max_images", "test_short", "test_long", "detections", "workers", "object_threshold", "overlap_threshold", "temperature", "box_init", "queries")
+PATHS = ("val_json", "val_images", "val_panoptic", "val_labels", "classes", "val_instances")
+ACTIONS = {"data": str, "out": str, "images": str, "threshold": float, "per_class": bool, "batch_size": int, "device": str, "save_official": str,
+           "tta": bool} | dict.fromkeys(PATHS, str)
+DEFAULTS = dict.fromkeys(ACTIONS) | {"threshold": 0.3, "per_class": False, "batch_size": 1, "tta": False}
+OVERRIDES = ("max_images", "test_short", "test_long", "detections", "workers", "precision", "object_threshold", "overlap_threshold", "temperature",
+             "box_init", "queries")
 
 
 def _parse(argv: list[str]) -> tuple[str, dict, dict]:
@@ -575,29 +787,31 @@ def _parse(argv: list[str]) -> tuple[str, dict, dict]:
         raise maskdino.ConfigError(f"--{fixed[0]} comes from the checkpoint; at evaluation there are --{', --'.join(OVERRIDES)}")
     if not 0 <= actions["threshold"] <= 1:
         raise maskdino.ConfigError(f"--threshold={actions['threshold']:g}: a score is between 0 and 1")
-    wanted = [actions["images"], actions["data"] or actions["val_json"], actions["save_official"]]
+    wanted = [actions["images"], actions["data"] or actions["val_json"] or actions["val_labels"], actions["save_official"]]
     if sum(map(bool, wanted)) != 1 or actions["images"] and not actions["out"]:
-        raise maskdino.ConfigError("give one of --data=DIR (AP on its validation split), --images=PATH --out=DIR (own pictures), --save_official=PATH")
+        raise maskdino.ConfigError("give one of --data=DIR (scores on its validation split), --images=PATH --out=DIR (own pictures), --save_official=PATH")
     return words[0], actions, overrides
 
 
 def _evaluate_data(model, checkpoint: Path, actions: dict, max_images: int, world: World) -> None:
-    """AP on the validation split; the results, result_eval.json and predictions.png go to --out, else beside the checkpoint."""
-    json_path, images = data.find_coco(actions["data"] or ".", "val", actions["val_json"], actions["val_images"])
-    if world.first:
-        print(f"annotations {json_path}, images {images}")
-    if model.config.task == "semantic":
-        raise maskdino.ConfigError(f"{checkpoint} is a semantic model, and mIoU is not computed here yet: --images=PATH --out=DIR draws its predictions")
+    """Scores on the validation split; the results, result_eval.json and predictions.png go to --out, else beside the checkpoint."""
     config, out = model.config, Path(actions["out"] or checkpoint.parent)
     transform = partial(resize_for_test, short=config.test_short, long=config.test_long)
-    dataset = data.CocoDataset(json_path, images, transform, max_images=max_images, boxes_only=not config.masks)
-    if world.first and (missing := _missing(model.classes, dataset)):
-        print(f"classes are matched by name; {missing}")
+    given = {key.removeprefix("val_"): actions[key] for key in PATHS if key != "val_instances"}
+    dataset = data.open_split(config.task, "val", transform, data_dir=actions["data"], max_images=max_images, **given)
+    things = data.CocoDataset(actions["val_instances"], dataset.file_names[0].parent, transform) if actions["val_instances"] else dataset
+    if missing := sorted(set(dataset.image_ids) - set(things.image_ids)):
+        raise data.DataError(f"--val_instances={actions['val_instances']} has no image {missing[0]}, as {dataset.source} has: they must be of one split")
+    if world.first:
+        print(dataset.source)
+        if missing := _missing(model.classes, dataset):
+            print(f"classes are matched by name; {missing}")
     start = time.perf_counter()
-    metrics = evaluate(model, dataset, out, batch_size=actions["batch_size"], workers=config.workers, per_class=actions["per_class"])
+    metrics = evaluate(model, dataset, out, batch_size=actions["batch_size"], workers=config.workers, per_class=actions["per_class"], tta=actions["tta"],
+                       things=things)
     if not world.first:
         return
-    facts = {"checkpoint": str(checkpoint), "data": str(json_path), "images": len(dataset), "seconds": round(time.perf_counter() - start, 1)}
+    facts = {"checkpoint": str(checkpoint), "data": dataset.source, "images": len(dataset), "seconds": round(time.perf_counter() - start, 1)}
     (out / "result_eval.json").write_text(json.dumps(facts | metrics, indent=1))
     page(dataset, model, out / "predictions.png", threshold=actions["threshold"])
     print(f"{len(dataset)} images in {facts['seconds']} s; result_eval.json, predictions.png and the results are in {out}")
@@ -617,14 +831,16 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint, actions, overrides = _parse(argv)
         world = start_world(actions["device"])
         model, _ = maskdino.load(checkpoint, world.device, **overrides)
+        for flag, task in (("tta", "semantic"), ("val_instances", "panoptic")):
+            if actions[flag] and model.config.task != task:
+                raise maskdino.ConfigError(f"--{flag} is for {task} models; {checkpoint} is for {model.config.task}: leave it out")
         if actions["save_official"]:
             Path(actions["save_official"]).absolute().parent.mkdir(parents=True, exist_ok=True)
             maskdino.save(actions["save_official"], {"model": maskdino.to_official(model)})
             print(f"{actions['save_official']}: the weights under the released code's names")
         elif actions["images"]:
-            predictions = predict_folder(model, actions["images"], actions["out"], actions["threshold"])
-            what = "regions" if model.config.task == "semantic" else "objects"
-            print(f"{len(predictions)} {what}; overlays and predictions.json are in {actions['out']}")
+            predictions = predict_folder(model, actions["images"], actions["out"], actions["threshold"], actions["tta"])
+            print(f"{len(predictions)} predictions; overlays and predictions.json are in {actions['out']}")
         else:
             _evaluate_data(model, Path(checkpoint), actions, overrides.get("max_images", 0), world)                 # not the training's number
     except (data.DataError, maskdino.ConfigError) as error:

@@ -782,21 +782,22 @@ class MaskDINO(nn.Module):
         noised = {name: rows(p, slice(0, T)) for name, p in every.items()} if T else {}
         return Output(tuple(images.shape[-2:]), pixels, sets, noised, denoising.groups if T else 0)
 
-    def postprocess(self, output: Output, sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]]) -> list[dict]:
+    def postprocess(self, output: Output, sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]], semantic: bool = False) -> list[dict]:
         """The last prediction in pixels of the original images, for each what its task gives: the dict of `detections_of`; panoptic: of
-        `panoptic_of`, too, with things alone as detections; semantic: {"semantic": (H, W) class}."""
+        `panoptic_of`, too, with things alone as detections; semantic: {"semantic": (H, W) class}. semantic=True: a panoptic model gives that as
+        well, for which every query's mask is enlarged."""
         config, last, found = self.config, list(output.sets.values())[-1], []
         is_thing = torch.tensor(self.classes["is_thing"] if self.classes else [True] * self.num_classes, device=last.logits.device)
         for b, (size, original) in enumerate(zip(sizes, original_sizes, strict=True)):
             p, frame = rows(last, b, 0), Frame(output.padded, size, original)
             pixels = None if output.pixels is None else output.pixels[b]
-            if config.task == "semantic":
-                scores = semantic_of(p, pixels, frame, config.temperature, config.class_loss)
-                found.append({"semantic": scores.argmax(0)})
-                continue
-            found.append(detections_of(p, pixels, frame, config.detections, config.class_loss, is_thing if config.task == "panoptic" else None))
+            found.append({})
+            if config.task != "semantic":
+                found[-1] |= detections_of(p, pixels, frame, config.detections, config.class_loss, is_thing if config.task == "panoptic" else None)
             if config.task == "panoptic":
                 found[-1] |= panoptic_of(p, pixels, frame, is_thing, config.object_threshold, config.overlap_threshold, config.temperature, config.class_loss)
+            if config.task == "semantic" or config.task == "panoptic" and semantic:
+                found[-1]["semantic"] = semantic_labels(p, pixels, frame, config.temperature, config.class_loss, resize_first=config.task == "panoptic")
         return found
 
     @torch.no_grad()
@@ -835,6 +836,7 @@ def preprocess(image: Image.Image, short: int, long: int) -> Tensor:
 
 
 MASKS_AT_ONCE = 20          # full-size mask logits are most of the memory
+ROWS_AT_ONCE = 64           # so are full-size class maps
 
 
 class Frame(NamedTuple):
@@ -929,7 +931,8 @@ def semantic_of(p: Prediction, pixels: Tensor, frame: Frame, temperature: float 
     """Class scores (K, H, W) of one image's pixels: every query's class probabilities times its mask's (MaskFormer, arXiv 2107.06278, section 3.4).
 
     p: logits (Q, K or K + 1), embeddings (Q, C). Models for semantic segmentation alone resize the class maps to the original size, others the mask
-    logits (resize_first), as released. Large: 150 classes of 1024 x 2048 pixels are 1.2 GB, and twice that while class maps are resized.
+    logits (resize_first), as released. Large: 150 classes of 1024 x 2048 pixels are 1.2 GB, and twice that while class maps are resized;
+    `semantic_labels` needs less.
     """
     weights = class_probabilities(p.logits, class_loss, temperature)                            # (Q, K)
     inner = frame if resize_first else frame._replace(original=frame.size)
@@ -938,6 +941,30 @@ def semantic_of(p: Prediction, pixels: Tensor, frame: Frame, temperature: float 
         maps.addmm_(part.T, masks.sigmoid().flatten(1))                                         # in place, not one K x H x W more
     maps = maps.view(-1, *inner.original)
     return maps if resize_first else resize(maps, frame.original)
+
+
+def stretch(x: Tensor, padded: int, size: int, original: int) -> Tensor:
+    """What the two steps of `resized_masks` do along one axis: (n, m, length) -> (n, m, original)."""
+    linear = partial(F.interpolate, mode="linear", align_corners=False)
+    return linear(linear(x, size=padded)[..., :size], size=original)
+
+
+def semantic_labels(p: Prediction, pixels: Tensor, frame: Frame, temperature: float = 0.06, class_loss: str = "focal", resize_first: bool = False) -> Tensor:
+    """(H, W) int64: each pixel's best class of `semantic_of`, computed a band of rows at a time, so that no full-size map of every class is needed."""
+    if resize_first:
+        weights = class_probabilities(p.logits, class_loss, temperature)                        # (Q, K)
+        maps = torch.einsum("qc,chw->qhw", p.embeddings.float(), pixels.float())                # a quarter of the padded size
+    else:
+        maps = semantic_of(p, pixels, frame._replace(original=frame.size), temperature, class_loss, resize_first=True)
+        frame = frame._replace(padded=frame.size)
+    heights, widths = zip(*frame, strict=True)                                                  # (padded, size, original) each
+    vertical = stretch(torch.eye(maps.shape[1], device=maps.device)[None], *heights)[0].T       # (H, h): a row says which rows it is made of
+    labels = []
+    for rows in vertical.split(ROWS_AT_ONCE):
+        used = rows.any(0).nonzero()[:, 0]
+        band = stretch(torch.einsum("rh,nhw->nrw", rows[:, used], maps[:, used]), *widths)     # (n, r, W)
+        labels.append((torch.einsum("qk,qrw->krw", weights, band.sigmoid()) if resize_first else band).argmax(0))
+    return torch.cat(labels)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

@@ -1,7 +1,9 @@
-"""Tests of evaluate.py: the numbers against COCOeval itself, one process against two, pictures, own images, the command line's sentences."""
+"""Tests of evaluate.py: AP against COCOeval itself, PQ and mIoU against arithmetic, one process against two, pictures, own images, the command line's
+sentences."""
 import dataclasses
 import json
 import math
+import os
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torchvision
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
@@ -88,13 +91,13 @@ class Oracle(torch.nn.Module):
     def __init__(self, classes: dict = CLASSES, shift: int = 0, extra: int = 0, task: str = "instance"):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.classes, self.shift, self.extra, self.config = classes, shift, extra, SimpleNamespace(task=task)
+        self.classes, self.shift, self.extra, self.config = classes, shift, extra, SimpleNamespace(task=task, precision="auto")
 
     def forward(self, images, sizes):
         assert not self.training and not torch.is_grad_enabled()
         return images[:, 0, 0, 0].tolist()
 
-    def postprocess(self, output, sizes, original_sizes):
+    def postprocess(self, output, sizes, original_sizes, semantic=False):
         assert all(size == (H, W) for size in original_sizes)
         return [self.answer(number) for number in output]
 
@@ -115,6 +118,71 @@ class Oracle(torch.nn.Module):
         scores = torch.from_numpy(np.sort(rng.random(len(found)))[::-1].astype(np.float32))
         result = {"scores": scores, "labels": labels, "boxes": boxes, "masks": masks}
         return result if self.config.task != "detection" else {k: v for k, v in result.items() if k != "masks"}
+
+
+KINDS = [*({**c, "isthing": 1} for c in CATEGORIES), {"id": 200, "name": "grass", "isthing": 0}, {"id": 300, "name": "sky", "isthing": 0}]
+
+
+def make_maps(folder: Path, count: int = 5) -> Path:
+    """A panoptic tree, and own folders for semantic segmentation beside it (classes in the order of KINDS): rectangles on grass and sky, void around the
+    edge; in image 4 a crowd. The first pixel holds the number."""
+    for name in ("annotations", "val2017", "panoptic_val2017", "images/val", "labels/val"):
+        (folder / name).mkdir(parents=True)
+    (folder / "classes.txt").write_text("".join(f"{kind['name']}\n" for kind in KINDS))
+    images, annotations = [], []
+    for number in range(count):
+        ids, labels = np.zeros((H, W), np.int32), np.full((H, W), 255, np.uint8)
+        shapes = [(200, [3, 3, 61, 90]), (300, [64, 3, 61, 90]), *objects_of(number), *([(3, [2, 70, 90, 20])] if number == 4 else [])]
+        for i, (category, (x, y, w, h)) in enumerate(shapes):
+            ids[y:y + h, x:x + w] = 70000 * (i + 1)
+            labels[y:y + h, x:x + w] = [kind["id"] for kind in KINDS].index(category)
+        pixels = np.repeat(labels[..., None] * 37, 3, axis=2)
+        pixels[0, 0] = number
+        for image in (folder / f"val2017/{number}.png", folder / f"images/val/{number}.png"):
+            Image.fromarray(pixels).save(image)
+        data.save_ids(ids, folder / f"panoptic_val2017/p{number}.png")
+        Image.fromarray(labels).save(folder / f"labels/val/{number}.png")
+        images.append({"id": 100 + number, "file_name": f"{number}.png", "height": H, "width": W})
+        segments = [{"id": 70000 * (i + 1), "category_id": category, "iscrowd": int(number == 4 and category == 3)} for i, (category, _) in enumerate(shapes)]
+        annotations.append({"image_id": 100 + number, "file_name": f"p{number}.png", "segments_info": [s for s in segments if (ids == s["id"]).any()]})
+    content = {"images": images, "annotations": annotations, "categories": KINDS}
+    (folder / "annotations/panoptic_val2017.json").write_text(json.dumps(content))
+    return folder
+
+
+class Echo(torch.nn.Module):
+    """Knows every image by its first pixel and answers with its truth, moved by `shift` pixels. It has the data's classes in reverse, and one more."""
+
+    def __init__(self, dataset: data.ImageDataset, task: str, shift: int = 0):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.dataset, self.shift, self.config = dataset, shift, SimpleNamespace(task=task, precision="auto")
+        names = [*dataset.class_names[::-1], "ghost"]
+        self.classes = {"names": names, "category_ids": list(range(len(names))), "is_thing": [*dataset.is_thing[::-1], False]}
+
+    def forward(self, images, sizes):
+        assert not self.training and not torch.is_grad_enabled()
+        return images[:, 0, 0, 0].tolist()
+
+    def postprocess(self, output, sizes, original_sizes, semantic=False):
+        task = self.config.task
+        return [(self.map_of(number) if task == "panoptic" else {}) | ({"semantic": self.labels_of(number)} if semantic or task == "semantic" else {})
+                for number in output]
+
+    def labels_of(self, number):
+        labels, last = np.roll(self.dataset.label_map(number), self.shift, axis=1), len(self.dataset.class_names) - 1
+        return torch.from_numpy(np.where(labels < 0, last + 1, last - labels)).long()          # void is a ghost
+
+    def map_of(self, number):
+        ids, segments = self.dataset.segments(number)
+        ids, segments = np.roll(ids, self.shift, axis=1), [s for s in segments if not s["iscrowd"]]
+        masks = torch.stack([torch.from_numpy(ids == s["id"]) for s in segments])
+        labels = torch.tensor([len(self.dataset.class_names) - 1 - self.dataset.category_ids.index(s["category_id"]) for s in segments])
+        things = torch.tensor(self.classes["is_thing"])[labels]
+        found = [{"id": i + 1, "label": k, "isthing": thing, "score": 0.5} for i, (k, thing) in enumerate(zip(labels.tolist(), things.tolist(), strict=True))]
+        boxes = torchvision.ops.masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
+        return {"panoptic": (masks * torch.arange(1, len(masks) + 1)[:, None, None]).sum(0), "segments": found, "scores": torch.full((int(things.sum()),), 0.9),
+                "labels": labels[things], "boxes": boxes[things], "masks": masks[things]}
 
 
 # ---------------------------------------------------------------------------------------------------------------- numbers
@@ -237,6 +305,174 @@ def test_detection_has_no_masks(tmp_path):
     assert metrics["box_AP"] == 100 and metrics["mask_AP"] is None and not (tmp_path / "results_segm.json").exists()
 
 
+def quality_of(truth, truth_segments, found, found_segments, things=()):
+    """Panoptic quality of one image whose category ids are their names."""
+    counts = evaluate.panoptic_counts(np.array(truth), truth_segments, np.array(found), found_segments)
+    ids = sorted({s["category_id"] for s in [*truth_segments, *found_segments]})
+    return counts, evaluate.panoptic_metrics([counts], ids, ids, [i in things for i in ids])
+
+
+def segment(number: int, category: str, crowd: int = 0) -> dict:
+    return {"id": number, "category_id": category, "iscrowd": crowd}
+
+
+def test_panoptic_quality_matches_above_half_and_leaves_void_out_of_the_union():
+    truth = [[0, 0, 1, 1, 1, 1, 2, 2, 2, 2]]
+    found = [[5, 5, 5, 5, 5, 0, 6, 6, 7, 7]]
+    segments = [segment(5, "a"), segment(6, "b"), segment(7, "b")]
+    counts, metrics = quality_of(truth, [segment(1, "a"), segment(2, "b")], found, segments, things="b")
+    # a: 3 pixels in common, 5 + 4 - 3 - 2 in the union without void. b: both halves have an IoU of 2/4, which is not above 0.5.
+    assert counts["a"].tolist() == [1, 0, 0, 3 / 4] and counts["b"].tolist() == [0, 2, 1, 0]
+    assert metrics["per_class"] == {"a": {"PQ": 75, "SQ": 75, "RQ": 100}, "b": {"PQ": 0, "SQ": 0, "RQ": 0}}
+    assert (metrics["PQ"], metrics["PQ_things"], metrics["PQ_stuff"], metrics["SQ"], metrics["RQ"]) == (37.5, 0, 75, 37.5, 50)
+
+
+def test_void_and_crowds_excuse_more_than_half_of_a_segment():
+    truth = [[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 3, 3]]
+    found = [[5, 5, 6, 6, 6, 0, 6, 6, 7, 7, 7, 8, 7, 8, 9, 9]]
+    segments = [segment(1, "a", crowd=1), segment(2, "a"), segment(3, "b")]
+    counts, _ = quality_of(truth, segments, found, [segment(5, "b"), segment(6, "b"), segment(7, "a"), segment(8, "a"), segment(9, "a")])
+    # b: 5 lies on void, and so does 6 for 3 pixels of 5; 3 is missed. a: 7 lies on the crowd of a for 3 pixels of 4, but 8 for 1 of 2 only, and 9 is
+    # false; 2 is missed, the crowd is not.
+    assert counts["b"].tolist() == [0, 0, 1, 0] and counts["a"].tolist() == [0, 2, 1, 0]
+    counts, _ = quality_of(truth, segments, found, [segment(7, "b"), segment(6, "a")])
+    assert counts["b"].tolist() == [0, 1, 1, 0]                                               # a crowd of another class is no excuse
+    assert counts["a"].tolist() == [0, 0, 1, 0]                                               # void and crowd together are
+
+
+def test_panoptic_quality_without_truth_or_predictions():
+    nothing = evaluate.panoptic_metrics([{}], ["a", "b"], [1, 2], [True, False])
+    assert {value for key, value in nothing.items() if key != "per_class"} == {None} and nothing["per_class"]["a"] == {"PQ": None, "SQ": None, "RQ": None}
+    _, metrics = quality_of([[1, 1]], [segment(1, "a")], [[0, 0]], [], things="a")
+    assert (metrics["PQ"], metrics["SQ"], metrics["RQ"], metrics["PQ_things"], metrics["PQ_stuff"]) == (0, 0, 0, 0, None)
+
+
+SAMPLE = os.environ.get("COCO_PANOPTIC_SAMPLE")
+
+
+@pytest.fixture(scope="module")
+def sample() -> data.PanopticDataset:
+    if not SAMPLE:
+        pytest.skip("COCO_PANOPTIC_SAMPLE names no folder")
+    return data.PanopticDataset(f"{SAMPLE}/panoptic_examples.json", f"{SAMPLE}/panoptic_examples", f"{SAMPLE}/input_images", IDENTITY)
+
+
+def metrics_on(sample, *found) -> dict:
+    """found: (map, segments) of each image."""
+    counts = [evaluate.panoptic_counts(*sample.segments(i), *answer) for i, answer in enumerate(found)]
+    return evaluate.panoptic_metrics(counts, sample.class_names, sample.category_ids, sample.is_thing)
+
+
+def test_panoptic_quality_of_the_truth_itself_is_100(sample):
+    truth = [sample.segments(i) for i in range(2)]
+    everything = metrics_on(sample, *truth)                                                   # crowds drawn as segments are no false positives
+    plain = metrics_on(sample, *((ids, [s for s in segments if not s["iscrowd"]]) for ids, segments in truth))
+    for metrics in (everything, plain):
+        assert {value for key, value in metrics.items() if key != "per_class"} == {100}
+        assert [name for name, row in metrics["per_class"].items() if row["PQ"] is not None] == [
+            "person", "truck", "horse", "sports ball", "gravel", "tree-merged", "sky-other-merged", "grass-merged"]
+
+
+def test_panoptic_quality_of_corrupted_truth_is_what_arithmetic_says(sample):
+    (ids, segments), second = (sample.segments(i) for i in range(2))
+    ids, categories = ids.copy(), {s["id"]: s["category_id"] for s in segments if not s["iscrowd"]}
+    sky, grass, person, ball, crowd = 11829830, 10025880, 3937500, 16757838, 3153362
+    # The first image has 13 persons and a crowd, a ball, tree, sky and grass; the second 13 persons, 2 trucks, 11 horses, gravel, tree, sky and grass.
+    right = (ids == sky) & (np.arange(640) >= 560)                                            # the sky, 8204 pixels, split into 6154 and 2050
+    ids[right], categories[1] = 1, 187
+    ids[(ids == grass) & (np.arange(427) >= 400)[:, None]] = 0                                # of the grass, 75100 pixels, 57820 remain
+    ids[ids == person] = 0                                                                    # a person removed
+    categories[ball] = 1                                                                      # the ball is said to be a person
+    categories[crowd] = 19                                                                    # the crowd of persons is said to be a horse
+    del categories[person]
+    metrics = metrics_on(sample, (ids, [{"id": i, "category_id": k} for i, k in categories.items()]), second)
+    wanted = {                                           # true positives, false ones, missed ones, sum of IoU
+        "person": (12 + 13, 1, 1, 25), "sports ball": (0, 0, 1, 0), "truck": (2, 0, 0, 2), "horse": (11, 1, 0, 11),
+        "gravel": (1, 0, 0, 1), "tree-merged": (1 + 1, 0, 0, 2), "sky-other-merged": (1 + 1, 1, 0, 6154 / 8204 + 1),
+        "grass-merged": (1 + 1, 0, 0, 57820 / 75100 + 1)}
+    qualities = {name: (100 * iou / (tp + fp / 2 + fn / 2), 100 * iou / max(tp, 1), 100 * tp / (tp + fp / 2 + fn / 2))
+                 for name, (tp, fp, fn, iou) in wanted.items()}
+    assert qualities["person"] == (100 * 25 / 26, 100, 100 * 25 / 26)
+    assert qualities["sky-other-merged"][0] == pytest.approx(100 * (0.750121891760117 + 1) / 2.5, abs=1e-9)
+    for name, row in metrics["per_class"].items():
+        assert list(row.values()) == pytest.approx(qualities.get(name, [None] * 3), abs=1e-9)
+    names = list(wanted)
+    for part, some in (("", names), ("_things", names[:4]), ("_stuff", names[4:])):
+        for i, key in enumerate(evaluate.QUALITIES):
+            assert metrics[key + part] == pytest.approx(sum(qualities[name][i] for name in some) / len(some), abs=1e-9)
+
+
+def test_semantic_numbers_by_hand():
+    truth, found = np.array([[0, 0, 0, 0, 1, 1, -1, -1]]), np.array([[0, 0, 1, 2, 1, 3, 0, 2]])
+    pixels = evaluate.confusion(truth, found, 3)                                              # class 2 is never true, 3 is none of the three
+    assert pixels.tolist() == [[2, 1, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
+    metrics = evaluate.semantic_metrics(pixels, ["a", "b", "c"])
+    a, b = 2 / 4, 1 / 3                                                                       # of 4 + 2 - 2 and 2 + 2 - 1 pixels
+    assert metrics["per_class"] == {"a": {"IoU": 100 * a}, "b": {"IoU": pytest.approx(100 * b)}, "c": {"IoU": None}}
+    assert [metrics[name] for name in evaluate.SEMANTIC] == pytest.approx([100 * (a + b) / 2, 100 * (4 * a + 2 * b) / 6, 100 * 3 / 6])
+    nothing = evaluate.semantic_metrics(np.zeros((2, 3), np.int64), ["a", "b"])
+    assert nothing == dict.fromkeys(evaluate.SEMANTIC) | {"per_class": {"a": {"IoU": None}, "b": {"IoU": None}}}
+
+
+def test_perfect_maps_score_100_and_round_trip_through_the_servers_formats(tmp_path, capsys):
+    root = make_maps(tmp_path / "tree")
+    dataset = data.open_split("panoptic", "val", IDENTITY, data_dir=root)
+    metrics = evaluate.evaluate(Echo(dataset, "panoptic"), dataset, tmp_path / "out", batch_size=2)
+    assert evaluate.EMPTY.keys() | {"per_class"} == metrics.keys()
+    assert {metrics[key] for key in evaluate.EMPTY} == {100, None} and metrics["box_APl"] is metrics["mask_APl"] is None
+    assert metrics["per_class"]["grass"] == {"PQ": 100, "SQ": 100, "RQ": 100, "IoU": 100}
+    assert metrics["per_class"]["rod"] == dict.fromkeys(("PQ", "SQ", "RQ", "IoU", "box_AP", "mask_AP"), 100) | {"truth": 1, "detections": 1}
+    assert "stuff" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out/panoptic.json").read_text())
+    assert [a["image_id"] for a in content["annotations"]] == [100, 101, 102, 103, 104] and content["categories"] == sorted(KINDS, key=lambda c: c["id"])
+    images = json.loads((root / "annotations/panoptic_val2017.json").read_text())["images"]
+    (tmp_path / "out/panoptic.json").write_text(json.dumps(content | {"images": images}))
+    again = data.PanopticDataset(tmp_path / "out/panoptic.json", tmp_path / "out/panoptic", root / "val2017", IDENTITY)
+    for i in range(4):                                                                        # image 4 has a crowd, which is not predicted
+        assert np.array_equal(again.label_map(i), dataset.label_map(i))
+        assert [(s["category_id"], s["area"]) for s in again.segments(i)[1]] == [(s["category_id"], s["area"]) for s in dataset.segments(i)[1]]
+    assert {r["image_id"] for r in json.loads((tmp_path / "out/results_segm.json").read_text())} == {101, 102, 103}
+
+
+def test_perfect_labels_round_trip_through_pngs(tmp_path):
+    root = make_maps(tmp_path / "tree")
+    dataset = data.open_split("semantic", "val", IDENTITY, data_dir=root)
+    metrics = evaluate.evaluate(Echo(dataset, "semantic"), dataset, tmp_path / "out")
+    assert [key for key in evaluate.EMPTY if metrics[key] is not None] == [*evaluate.SEMANTIC] and metrics["mIoU"] == metrics["pixel_accuracy"] == 100
+    picture, truth = (np.array(Image.open(file)) for file in (tmp_path / "out/semantic/3.png", root / "labels/val/3.png"))
+    assert picture.dtype == np.uint8 and np.array_equal(picture, truth)                       # the ghost, which the data do not know, is 255
+    dataset.category_ids = [7, 8, 11, 12, 300]                                                # what a server calls them
+    evaluate.evaluate(Echo(dataset, "semantic"), dataset, tmp_path / "wide")
+    wide = np.array(Image.open(tmp_path / "wide/semantic/3.png"))
+    assert wide.dtype == np.uint16 and np.array_equal(wide, np.array([*dataset.category_ids, *[65535] * 251])[truth])
+
+
+def test_instance_truth_of_a_panoptic_model(tmp_path):
+    """Other ids for the same names: detections have those of their own truth."""
+    dataset = data.open_split("panoptic", "val", IDENTITY, data_dir=make_maps(tmp_path / "tree"))
+    things = dataset_of(make_coco(tmp_path / "coco", count=5))
+    things.category_ids = [i + 1000 for i in things.category_ids]
+    metrics = evaluate.evaluate(Echo(dataset, "panoptic"), dataset, tmp_path / "out", things=things)
+    assert metrics["box_AP"] == metrics["mask_AP"] == 100
+    assert {r["category_id"] for r in json.loads((tmp_path / "out/results_bbox.json").read_text())} == {1003, 1007, 1090}
+
+
+def test_no_truth_gives_predictions_only(tmp_path, capsys):
+    root = make_maps(tmp_path / "tree")
+    dataset = data.open_split("panoptic", "val", IDENTITY, data_dir=root)
+    content = json.loads((root / "annotations/panoptic_val2017.json").read_text())
+    del content["annotations"]
+    (root / "annotations/panoptic_val2017.json").write_text(json.dumps(content))
+    metrics = evaluate.evaluate(Echo(dataset, "panoptic"), data.open_split("panoptic", "val", IDENTITY, data_dir=root), tmp_path / "out")
+    assert {metrics[key] for key in evaluate.EMPTY} == {None} and metrics["per_class"]["sky"] == {"PQ": None, "SQ": None, "RQ": None, "IoU": None}
+    assert "predictions only" in capsys.readouterr().out and (tmp_path / "out/panoptic/4.png").exists()
+
+
+def test_names_of_files_that_are_made_differ():
+    files = [Path("x/a.png"), Path("x/b.png"), Path("x/b.bmp"), Path("x/c.png"), Path("y/c.png")]
+    assert evaluate._stems(files) == ["a", "b.png", "b.bmp", "x_c.png", "y_c.png"]
+
+
 def test_table_and_hint():
     rows = {f"class {i}": {"box_AP": None, "mask_AP": 12.34, "truth": 0, "detections": 9} for i in range(21)}
     metrics = {f"{kind}_{name}": None for kind in ("box", "mask") for name in evaluate.METRICS} | {"per_class": rows}
@@ -248,22 +484,31 @@ def test_table_and_hint():
     assert "no detections" in evaluate.hint(truth_of(BOXES), []) and "no ground truth" in evaluate.hint(truth_of({1: []}), boxes)
 
 
+def three_tasks(folder: Path, out: Path) -> list[dict]:
+    dataset = dataset_of(folder / "coco")
+    metrics = [evaluate.evaluate(Oracle(shift=6, extra=4), dataset, out)]
+    for task in ("panoptic", "semantic"):
+        dataset = data.open_split(task, "val", IDENTITY, data_dir=folder / "maps")
+        metrics.append(evaluate.evaluate(Echo(dataset, task, shift=5), dataset, out))
+    return metrics
+
+
 def run_rank(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    metrics = evaluate.evaluate(Oracle(shift=6, extra=4), dataset_of(folder / "coco"), folder / "two")
-    (folder / f"rank{rank}.json").write_text(json.dumps(metrics))
+    (folder / f"rank{rank}.json").write_text(json.dumps(three_tasks(folder, folder / "two")))
     dist.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path):
-    dataset = dataset_of(make_coco(tmp_path / "coco"))
-    alone = evaluate.evaluate(Oracle(shift=6, extra=4), dataset, tmp_path / "one")
+    make_coco(tmp_path / "coco")
+    make_maps(tmp_path / "maps")
+    alone = three_tasks(tmp_path, tmp_path / "one")
     torch.multiprocessing.spawn(run_rank, (2, tmp_path), nprocs=2)
-    assert 0 < alone["mask_AP"] < 100
+    assert 0 < alone[0]["mask_AP"] < 100 and 0 < alone[1]["PQ"] < 100 and 0 < alone[2]["mIoU"] < 100
     assert json.loads((tmp_path / "rank0.json").read_text()) == json.loads((tmp_path / "rank1.json").read_text()) == alone
-    for name in ("results_bbox.json", "results_segm.json"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    files = [file.relative_to(tmp_path / "one") for file in (tmp_path / "one").rglob("*.*")]
+    assert len(files) == 3 + 5 + 5 and all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
 
 
 # --------------------------------------------------------------------------------------------------------------- pictures
@@ -302,6 +547,25 @@ def test_page_shows_truth_beside_prediction(tmp_path):
     assert (page[264:, :256] != 255).any() and (page[264:, -256:] == 255).all()               # the fifth pair is the last
     evaluate.page(dataset, Oracle(task="detection"), tmp_path / "boxes.png", count=100)
     assert Image.open(tmp_path / "boxes.png").height == 64 + 3 * 200                          # 7 images, not 100
+
+
+def test_maps_are_painted_in_the_classes_colours():
+    image, regions = torch.full((3, 100, 100), 128, dtype=torch.uint8), torch.full((100, 100), -1)
+    regions[10:, :50], regions[10:, 50:] = 0, 1                                               # two instances of one class under a void strip
+    drawn = evaluate.overlay_map(image, regions, [1, 1], ["a", "b"], side=400).float()
+    expected = 0.55 * 128 + 0.45 * torch.tensor(evaluate.colour(1))
+    assert (drawn[:, 300, 50] - expected).abs().max() <= 2 and (drawn[:, 300, 350] - expected).abs().max() <= 2
+    assert drawn[:, :30].max() <= 33 and (drawn[:, 300, 195:205] == 255).all(0).any()         # void is dark, a white line runs between the two
+    assert (drawn[:, 120:160, 80:120] == torch.tensor(evaluate.colour(1)).view(3, 1, 1)).all(0).any()                # a name
+    assert (evaluate.overlay_map(image, torch.full((100, 100), -1), [], []) <= 33).all()
+
+
+@pytest.mark.parametrize("task", ["panoptic", "semantic"])
+def test_page_of_maps(tmp_path, task):
+    dataset = data.open_split(task, "val", IDENTITY, data_dir=make_maps(tmp_path / "tree"))
+    evaluate.page(dataset, Echo(dataset, task), tmp_path / "page.png", count=2)
+    page = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"))
+    assert page.shape == (64 + 192 + 8, 4 * (256 + 8) + 8 + 8, 3)
 
 
 def test_curves(tmp_path):
@@ -360,7 +624,7 @@ def test_bad_images_end_in_one_sentence(tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
     whole = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[:len(whole) // 2])
-    sentences = {"nowhere": "no such file", "empty": "no picture", "page.jpg": "page.jpg is not a picture", "cut.png": "cut.png is not a picture"}
+    sentences = {"nowhere": "no such file", "empty": "no picture", "page.jpg": "page.jpg cannot be read", "cut.png": "cut.png cannot be read"}
     for images, words in sentences.items():
         with pytest.raises(data.DataError, match=words):
             evaluate.predict_folder(Oracle(), tmp_path / images, tmp_path / "out")
@@ -418,6 +682,62 @@ def test_pictures_of_panoptic_and_semantic_models(tmp_path, task):
     assert segments and all(s["isthing"] == (s["category_id"] == 7) for s in segments) and content["categories"][2]["id"] == 200
 
 
+def semantic_model(**overrides) -> maskdino.MaskDINO:
+    torch.manual_seed(0)
+    classes = {"names": ["cat", "sky", "sea"], "category_ids": [7, 40, 200], "is_thing": [True, False, False]}
+    return maskdino.build(maskdino.preset("shapes", **SMALL | {"task": "semantic", "test_short": 64, "test_long": 96} | overrides), classes).eval()
+
+
+@torch.no_grad()
+def test_augmentation_at_test_time_is_the_mean_over_scales_and_mirrored(tmp_path):
+    model, picture = semantic_model(), Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8))
+    total = torch.zeros(3, 50, 70)
+    for short, (h, w) in ((32, (32, 45)), (48, (48, 67)), (64, (64, 90)), (80, (80, 112)), (96, (96, 134)), (112, (112, 157))):
+        for image in (picture, picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)):
+            images = torch.nn.functional.pad(maskdino.preprocess(image, short, 1000)[None], (0, -w % 32, 0, -h % 32))
+            output = model(images, [(h, w)])
+            last, frame = list(output.sets.values())[-1], maskdino.Frame(tuple(images.shape[-2:]), (h, w), (50, 70))
+            maps = maskdino.semantic_of(maskdino.rows(last, 0, 0), output.pixels[0], frame)
+            total += (maps if image is picture else maps.flip(-1)) / 12
+    maps = evaluate.augmented(model, picture)
+    torch.testing.assert_close(maps, total, rtol=0, atol=1e-4)
+    mirrored = evaluate.augmented(model, picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    torch.testing.assert_close(mirrored.flip(-1), maps, rtol=0, atol=1e-4)
+    (tmp_path / "in").mkdir()
+    picture.save(tmp_path / "in/a.png")
+    evaluate.predict_folder(model, tmp_path / "in", tmp_path / "out", tta=True)
+    assert np.array_equal(np.array([7, 40, 200])[maps.argmax(0)], np.array(Image.open(tmp_path / "out/semantic/a.png")))
+
+
+def test_evaluation_with_augmentation_sees_the_whole_images(tmp_path):
+    dataset, model = data.open_split("semantic", "val", IDENTITY, data_dir=make_maps(tmp_path / "tree", count=2)), semantic_model()
+    model.classes = model.classes | {"names": ["grass", "sky", "sea"]}
+    metrics = evaluate.evaluate(model, dataset, tmp_path / "out", batch_size=2, tta=True)
+    labels = evaluate.augmented(model.requires_grad_(False), Image.open(tmp_path / "tree/images/val/1.png")).argmax(0)
+    assert np.array_equal(np.array([3, 4, 255])[labels], np.array(Image.open(tmp_path / "out/semantic/1.png"))) and metrics["mIoU"] is not None
+
+
+def test_half_precision_is_for_the_model_alone():
+    images, sizes = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8), [(64, 96)]
+    with torch.no_grad():
+        plain, half = (evaluate._forward(semantic_model(precision=precision), images, sizes) for precision in ("auto", "bf16"))
+        assert torch.equal(plain.pixels, semantic_model()(images, sizes).pixels) and plain.pixels.dtype == torch.float32 and half.pixels.dtype == torch.bfloat16
+        torch.testing.assert_close(half.pixels.float(), plain.pixels, rtol=0.1, atol=0.1)
+        assert semantic_model().postprocess(half, sizes, [(32, 48)])[0]["semantic"].shape == (32, 48)
+
+
+@pytest.mark.parametrize("resize_first", [False, True])
+def test_labels_by_bands_are_those_of_whole_maps(monkeypatch, resize_first):
+    generator = torch.Generator().manual_seed(0)
+    p = maskdino.Prediction(*(torch.randn(7, n, generator=generator) for n in (5, 4, 8)))
+    pixels, frame = torch.randn(8, 16, 24, generator=generator), maskdino.Frame((64, 96), (60, 83), (131, 97))
+    monkeypatch.setattr(maskdino, "ROWS_AT_ONCE", 10)
+    maps = maskdino.semantic_of(p, pixels, frame, resize_first=resize_first)
+    labels = maskdino.semantic_labels(p, pixels, frame, resize_first=resize_first)
+    best = maps.gather(0, labels[None])[0]
+    torch.testing.assert_close(best, maps.amax(0), rtol=0, atol=1e-5)                         # but for ties
+
+
 def test_released_names_there_and_back(tmp_path, capsys):
     """--save_official writes what the loader of released checkpoints takes: the same predictions."""
     model = maskdino.build(maskdino.preset("shapes", **SMALL), maskdino.class_list(80)).eval()
@@ -430,10 +750,6 @@ def test_released_names_there_and_back(tmp_path, capsys):
     picture = np.random.default_rng(0).integers(0, 256, (60, 70, 3), np.uint8)
     a, b = again.predict([picture])[0], model.predict([picture])[0]
     assert torch.equal(a["scores"], b["scores"]) and torch.equal(a["masks"], b["masks"])
-    semantic = content | {"config": dataclasses.asdict(dataclasses.replace(model.config, task="semantic"))}
-    torch.save(semantic, tmp_path / "semantic.pth")
-    with pytest.raises(SystemExit, match="semantic model, and mIoU is not computed here yet"):
-        evaluate.main([f"{tmp_path}/semantic.pth", f"--data={make_coco(tmp_path / 'coco')}", "--device=cpu"])
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -448,6 +764,8 @@ def test_released_names_there_and_back(tmp_path, capsys):
     (["CKPT", "--data=x", "--batch_size=two"], "batch_size"),
     (["CKPT", "--data=x", "--lr=1"], "--lr comes from the checkpoint"),
     (["CKPT", "--data=x", "--device=toaster"], "toaster"),
+    (["CKPT", "--data=x", "--tta"], "--tta is for semantic models"),
+    (["CKPT", "--data=x", "--val_instances=y.json"], "--val_instances is for panoptic models"),
 ])
 def test_mistakes_end_in_one_sentence(checkpoint, argv, words):
     with pytest.raises(SystemExit) as stop:
