@@ -696,7 +696,7 @@ def find_semantic(data_dir: str | Path | None, split: str, images: str | Path | 
         if next(root.glob(f"gtFine/{split}/*/*{coding.label_end}"), None) is None:  # not converted: raw ids 0 .. 33, most of them no class
             coding = coding._replace(values=ids, ignored=[value for value in range(34) if value not in ids], label_end="_gtFine_labelIds.png")
         return root / "leftImg8bit" / split, root / "gtFine" / split, coding
-    if not own and (root / "images/training").is_dir():
+    if not own and any((root / "images" / part).is_dir() for part in ("training", "validation")):
         names, ids = _known_classes("ade20k")
         part = {"train": "training", "val": "validation"}[split]
         return root / "images" / part, root / "annotations" / part, Coding(names, ids, [0], ids)

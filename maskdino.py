@@ -202,8 +202,8 @@ PRESETS: dict[str, dict] = {
         lr_drops=(135_000, 150_000)),
     "cityscapes_semantic_r50": dict(
         about="paper: mIoU 80.0 (Table 6)", released="cityscapes_79.8miou", task="semantic", class_loss="ce", two_stage=False, levels=(8, 16, 32), enc_ffn=1024,
-        queries=100, box_init="token", smallest_proposal="fine", backbone_norm="batch", crop_height=512, scale_jitter=(0.5, 2.0), test_short=1024, test_long=2048, iterations=90_000,
-        lr_drops=(80_000, 87_000)),
+        queries=100, box_init="token", smallest_proposal="fine", backbone_norm="batch", crop_height=512, scale_jitter=(0.5, 2.0),
+        test_short=1024, test_long=2048, iterations=90_000, lr_drops=(80_000, 87_000)),
 }
 
 

@@ -42,14 +42,15 @@ from tqdm import tqdm
 import data
 import evaluate
 import maskdino
-from evaluate import World, start_world
+from evaluate import World, autocast, start_world
 from losses import Criterion
 from maskdino import Config, ConfigError, MaskDINO
 
 ACTIONS = {"help": bool, "list": bool, "data": str, "out": str, "resume": bool, "overwrite": bool, "epochs": float, "device": str, "finetune": str,
-           "classes": str, "val_instances": str} | {f"{split}_{kind}": str for split in ("train", "val") for kind in data.FLAGS}
+           "classes": str} | {f"{split}_{kind}": str for split in ("train", "val") for kind in data.FLAGS}
 SHAPES = Path("datasets/shapes")                                        # where the generated data set lives
-RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pth", "result.json", "results_bbox.json", "results_segm.json", "predictions.png", "curves.png")
+RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pth", "result.json", "results_bbox.json", "results_segm.json", "panoptic.json", "predictions.png",
+             "curves.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------- optimizer
@@ -111,12 +112,6 @@ class State:
             self.ema.n_averaged.fill_(self.step)                        # at 0 the first update would copy instead of averaging
 
 
-def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager:
-    """bfloat16 where asked for, or by itself on GPUs that have it. Matcher and losses leave it again."""
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
-
 def to_device(targets: list[dict], device: torch.device) -> list[dict]:
     return [{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in t.items()} for t in targets]
 
@@ -171,7 +166,7 @@ def train_step(state: State, network: nn.Module, criterion: Criterion, batches: 
 
 
 # ---------------------------------------------------------------------------------------------------------------- the loop
-def train(state: State, config: Config, dataset: data.CocoDataset, out: Path, world: World, evaluation: data.CocoDataset) -> None:
+def train(state: State, config: Config, dataset: data.ImageDataset, out: Path, world: World, evaluation: data.ImageDataset) -> None:
     """From state.step to the end. Writes log lines and checkpoints; evaluates at epochs when asked to."""
     stop = min(config.iterations, config.max_steps or config.iterations)
     sampler = data.BatchSampler(len(dataset), total_batch=config.total_batch, world=world.size, rank=world.rank, accumulate=config.accumulate,
@@ -230,7 +225,7 @@ def append(out: Path, world: World, line: dict) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def score(model: MaskDINO, dataset: data.CocoDataset, out: Path, config: Config) -> dict:
+def score(model: MaskDINO, dataset: data.ImageDataset, out: Path, config: Config) -> dict:
     return evaluate.evaluate(model, dataset, out, workers=config.workers)
 
 
@@ -348,11 +343,10 @@ def result_of(config: Config, name: str, overrides: dict, state: State, world: W
              "world_size": world.size, "steps": state.step, "seconds": round(state.seconds, 1),
              "images_per_second": round(state.step * config.total_batch / state.seconds, 3) if state.seconds else None,
              "peak_memory": peak_memory(world.device), "params": sum(p.numel() for p in state.model.parameters())}
-    empty = dict.fromkeys(("PQ", "PQ_things", "PQ_stuff", "SQ", "RQ", "mIoU", "fwIoU", "pixel_accuracy"))
-    return facts | {f"{kind}_{metric}": None for kind in ("box", "mask") for metric in evaluate.METRICS} | empty | scores
+    return facts | evaluate.EMPTY | scores
 
 
-def finish(state: State, config: Config, name: str, overrides: dict, out: Path, world: World, epochs: float, evaluation: data.CocoDataset) -> dict:
+def finish(state: State, config: Config, name: str, overrides: dict, out: Path, world: World, epochs: float, evaluation: data.ImageDataset) -> dict:
     """Evaluates, and leaves result.json and the pictures."""
     scores = score(state.best, evaluation, out, config)
     write_epoch(out, state, config, world, epochs, scores | {"final": True})
