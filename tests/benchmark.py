@@ -1,6 +1,10 @@
 """What a training step and an inference cost: the lean path of the model, the plain one, and torchvision's Mask R-CNN, side by side in one run.
 
-    python tests/benchmark.py [PRESET] [--image_size=512] [--total_batch=1] [--objects=8] [--steps=5] [--device=cpu]
+    python tests/benchmark.py [PRESET] [--image_size=512] [--total_batch=1] [--objects=8] [--steps=5] [--device=cpu] [--data=DIR]
+    python tests/benchmark.py [PRESET] --growth                # the lean path alone: more objects, larger images
+
+Any field of Config can be given (--precision=bf16 --checkpoint_activations --compile). The images are noise with ellipses, in memory; with --data those of
+a COCO tree, and how long the step waits for them is the column "data"; what the loader does for an image is split up below the table.
 
 The plain path is the method as one would write it down first: full masks of all queries in every prediction set, cost and loss on them, truth
 masks as floats, copied for every denoising group. It is also the oracle of the tests. Every path runs in a process of its own, one after the
@@ -8,23 +12,29 @@ other, so that its peak of memory is its own. Times are medians; of their absolu
 """
 import contextlib
 import json
-import resource
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from itertools import repeat
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import data
+import evaluate
 import losses
 import maskdino
+import train
 from losses import WEIGHTS, Output, giou, point_sample, uncertain_points
 from maskdino import Config, mask_logits
 
@@ -103,6 +113,43 @@ def make_batch(batch: int, size: int, objects: int, classes: int, device: str) -
     return images.to(device), targets
 
 
+def batches(config: Config, objects: int, steps: int, where: str | None) -> Iterator[tuple[Tensor, list[dict]]]:
+    """The same synthetic batch again and again, or those of a training on the data set in `where`."""
+    if where is None:
+        return repeat(make_batch(config.total_batch, config.image_size, objects, 80, "cpu"), steps)
+    dataset = open_training(config, where)
+    sampler = data.BatchSampler(len(dataset), total_batch=config.total_batch, steps=steps)
+    return iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=data.collate, num_workers=config.workers))
+
+
+def open_training(config: Config, where: str) -> data.ImageDataset:
+    jitter = data.large_scale_jitter(config.image_size, config.scale_jitter, config.flip)
+    return data.open_split("instance", "train", jitter, data_dir=where, keep_empty=False)
+
+
+def loading(dataset: data.ImageDataset, count: int) -> dict[str, float]:
+    """Seconds an image of one loading process, by part."""
+    spent, names = Counter(), ("decode", "read truth", "jitter", "masks", "boxes")
+    for index in range(count):
+        times = [time.perf_counter()]
+
+        def done(times: list = times) -> None:
+            times.append(time.perf_counter())
+        image = dataset._open(index)
+        done()
+        truth = dataset.read(index)
+        done()
+        torch.manual_seed(index)
+        _, view = dataset.transform(image, truth)
+        done()
+        masks = dataset.draw(truth, view)[1]
+        done()
+        data.boxes_of_masks(masks)
+        done()
+        spent.update(dict(zip(names, np.diff(times).tolist(), strict=True)))
+    return {name: seconds / count for name, seconds in spent.items()}
+
+
 class Clock:
     """Seconds by name, of one step after the other."""
 
@@ -129,39 +176,46 @@ class Clock:
         return {name: torch.tensor([s[name] for s in steps]).median().item() for name in steps[0]}
 
 
-def run_path(path: str, config: Config, size: int, batch: int, objects: int, steps: int, device: str) -> dict:
+def run_path(path: str, config: Config, objects: int, steps: int, device: str, where: str | None) -> dict:
     """Medians of a training step's parts and of an inference, and the peak of memory (of the training, in bytes)."""
     torch.manual_seed(0)
-    clock, (images, targets) = Clock(device), make_batch(batch, size, objects, 80, device)
+    clock, size = Clock(device), config.image_size
     model = (maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=81, min_size=size, max_size=size) if path == "Mask R-CNN"
              else maskdino.MaskDINO(config, 80)).to(device).train()
+    if config.compile and path == "lean":
+        model.compile_regions()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    step = mask_rcnn_step(model, clock, images, targets, size) if path == "Mask R-CNN" else mask_dino_step(path, model, clock, images, targets)
+    loss_of = mask_rcnn_loss(model, config, clock) if path == "Mask R-CNN" else mask_dino_loss(path, model, clock)
+    loader = batches(config, objects, steps + 1, where)
     for _ in range(steps + 1):
         clock.steps.append(defaultdict(float))
         with clock("step"):
-            loss = step()
+            with clock("data"):
+                images, targets = next(loader)
+            images, targets = images.to(device), train.to_device(targets, torch.device(device))
+            loss = loss_of(images, targets)
             with clock("backward"):
                 loss.backward()
             with clock("optimizer"):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-    train = clock.medians()
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    taken = clock.medians()
+    peak = train.peak_memory(torch.device(device))
     model.eval()
     clock.steps.clear()
+    sizes = [(size, size)] * len(images)
     for _ in range(steps + 1):
         clock.steps.append(defaultdict(float))
-        with torch.no_grad(), clock("inference"):
+        with torch.no_grad(), clock("inference"), evaluate.autocast(config, torch.device(device)):
             if path == "Mask R-CNN":
                 model([image / 255 for image in images])
             else:
-                model.postprocess(model(images, [(size, size)] * batch), [(size, size)] * batch, [(size, size)] * batch)
-    return train | clock.medians() | {"peak": peak}
+                model.postprocess(model(images, sizes), sizes, sizes)
+    return taken | clock.medians() | {"images/s": config.total_batch / taken["step"], "peak GB": peak / 1e9}
 
 
-def mask_dino_step(path: str, model: maskdino.MaskDINO, clock: Clock, images: Tensor, targets: list[dict]):
-    criterion, sizes = losses.Criterion(model.config), [t["size"] for t in targets]
+def mask_dino_loss(path: str, model: maskdino.MaskDINO, clock: Clock) -> Callable[[Tensor, list[dict]], Tensor]:
+    config, criterion = model.config, losses.Criterion(model.config)
     clock.watch(model.backbone, "backbone")
     clock.watch(model.pixel_decoder, "encoder")
     matching_cost, assign = losses.matching_cost, losses.assign
@@ -173,51 +227,74 @@ def mask_dino_step(path: str, model: maskdino.MaskDINO, clock: Clock, images: Te
         return run
     losses.matching_cost, losses.assign = timed(matching_cost), timed(assign)
 
-    def step() -> Tensor:
+    def loss_of(images: Tensor, targets: list[dict]) -> Tensor:
         now = clock.steps[-1]
-        with clock("decoder"):
-            output = model(images, sizes, targets)
+        with clock("decoder"), evaluate.autocast(config, images.device):
+            output = model(images, [t["size"] for t in targets], targets)
         now["decoder"] -= now["backbone"] + now["encoder"]
         with clock("criterion"):
             if path == "plain":
-                return plain_losses(output, targets, draw_points(output, targets, model.config.mask_points))[0]
+                return plain_losses(output, targets, draw_points(output, targets, config.mask_points))[0]
             loss = criterion(output, targets)[0]
         now["criterion"] -= now["matcher"]
         return loss
-    return step
+    return loss_of
 
 
-def mask_rcnn_step(model: nn.Module, clock: Clock, images: Tensor, targets: list[dict], size: int):
+def mask_rcnn_loss(model: nn.Module, config: Config, clock: Clock) -> Callable[[Tensor, list[dict]], Tensor]:
     clock.watch(model.backbone, "backbone")
-    truth = [{"boxes": box_convert(t["boxes"], "cxcywh", "xyxy") * size, "labels": t["labels"] + 1, "masks": t["masks"]} for t in targets]
-    return lambda: sum(model([image / 255 for image in images], truth).values())
+
+    def loss_of(images: Tensor, targets: list[dict]) -> Tensor:
+        scale = torch.tensor(images.shape[:1:-1], device=images.device).repeat(2)
+        truth = [{"boxes": box_convert(t["boxes"], "cxcywh", "xyxy") * scale, "labels": t["labels"] + 1, "masks": t["masks"]} for t in targets]
+        with evaluate.autocast(config, images.device):
+            return sum(model([image / 255 for image in images], truth).values())
+    return loss_of
 
 
 # ---------------------------------------------------------------------------------------------------------------- side by side
+COLUMNS = ("data", "backbone", "encoder", "decoder", "matcher", "criterion", "backward", "optimizer", "step", "inference", "images/s",
+           "peak GB")
+
+
+def apart(path: str, *arguments: str) -> dict:
+    """`run_path` in a process of its own."""
+    ran = subprocess.run([sys.executable, __file__, *sys.argv[1:], *arguments, f"--path={path}"], capture_output=True, text=True)
+    if ran.returncode:
+        sys.exit(f"error: the {path} path failed:\n{ran.stderr}")
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def show(name: str, row: dict) -> None:
+    print(f"{name:12}" + "".join(f"{row[column]:11.3f}" if column in row else f"{'':11}" for column in COLUMNS), flush=True)
+
+
 def main() -> None:
-    actions = {"path": str, "objects": int, "steps": int, "device": str}
+    actions = {"path": str, "objects": int, "steps": int, "device": str, "data": str, "growth": bool}
     words, given, overrides = maskdino.parse_overrides(sys.argv[1:], actions)
-    given = {"objects": 8, "steps": 5, "device": "cuda" if torch.cuda.is_available() else "cpu"} | given
-    config = maskdino.preset(words[0] if words else "coco_instance_r50_50ep", **{"image_size": 512, "total_batch": 1} | overrides)
-    if "path" in given:
-        ran = run_path(given["path"], config, config.image_size, config.total_batch, given["objects"], given["steps"], given["device"])
-        return print(json.dumps(ran))
-    rows = {}
-    for path in PATHS:
-        ran = subprocess.run([sys.executable, __file__, *sys.argv[1:], f"--path={path}"], capture_output=True, text=True)
-        if ran.returncode:
-            sys.exit(f"error: the {path} path failed:\n{ran.stderr}")
-        rows[path] = json.loads(ran.stdout.splitlines()[-1])
+    given = {"objects": 8, "steps": 5, "device": "cuda" if torch.cuda.is_available() else "cpu", "data": None} | given
     name = words[0] if words else "coco_instance_r50_50ep"
+    config = maskdino.preset(name, **{"image_size": 512, "total_batch": 1} | overrides)
+    if "path" in given:
+        return print(json.dumps(run_path(given["path"], config, given["objects"], given["steps"], given["device"], given["data"])))
     print(f"{name}, {config.image_size} x {config.image_size}, batch {config.total_batch}, {given['objects']} objects an image, {given['device']}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}; seconds, medians of {given['steps']}")
-    columns = ("backbone", "encoder", "decoder", "matcher", "criterion", "backward", "optimizer", "step", "inference")
-    print(f"{'':12}" + "".join(f"{name:>11}" for name in (*columns, "peak GB")))
+    print(f"{'':12}" + "".join(f"{column:>11}" for column in COLUMNS), flush=True)
+    if given.get("growth"):
+        for objects in (1, 10, 30, 100):
+            show(f"{objects} objects", apart("lean", f"--objects={objects}"))
+        for size in (256, 512, 768, 1024):
+            show(f"{size} pixels", apart("lean", f"--image_size={size}"))
+        return None
+    rows = {path: apart(path) for path in PATHS}
     for path, row in rows.items():
-        print(f"{path:12}" + "".join(f"{row[name]:11.3f}" if name in row else f"{'':11}" for name in columns) + f"{row['peak'] / 1e9:11.2f}")
+        show(path, row)
     for path in PATHS[:2]:
-        ratios = [rows[path][name] / rows["Mask R-CNN"][name] for name in ("step", "inference", "peak")]
+        ratios = [rows[path][key] / rows["Mask R-CNN"][key] for key in ("step", "inference", "peak GB")]
         print("{} to Mask R-CNN: step {:.2f}, inference {:.2f}, memory {:.2f}".format(path, *ratios))
+    if given["data"]:
+        parts = loading(open_training(config, given["data"]), 50)
+        print(f"loader: {1 / sum(parts.values()):.0f} images/s a worker; ms an image: " + ", ".join(f"{part} {1000 * t:.1f}" for part, t in parts.items()))
 
 
 if __name__ == "__main__":

@@ -571,28 +571,6 @@ def test_panoptic_trees(write_panoptic, tmp_path, place):
 # Cityscapes and ADE20K, as they lie on disk
 
 
-@pytest.fixture
-def cityscapes(tmp_path) -> Path:
-    """One image of 60 x 40 pixels a split: road (raw id 7), two cars (26), a group of persons (24), and the ego vehicle (1), which is no class."""
-    ids = np.full((40, 60), 7)
-    ids[:9, :20], ids[10:20, :20], ids[:9, 30:], ids[35:] = 26000, 26001, 24, 1
-    categories = [{"id": 7, "name": "road", "isthing": 0}, {"id": 24, "name": "person", "isthing": 1}, {"id": 26, "name": "car", "isthing": 1}]
-    for split, city in (("train", "aachen"), ("val", "munster")):
-        picture, fine, png = tmp_path / f"leftImg8bit/{split}/{city}", tmp_path / f"gtFine/{split}/{city}", tmp_path / f"gtFine/cityscapes_panoptic_{split}"
-        for folder in (picture, fine, png):
-            folder.mkdir(parents=True)
-        name = f"{city}_000000_000019"
-        Image.new("RGB", (60, 40)).save(picture / f"{name}_leftImg8bit.png")
-        Image.fromarray(np.where(ids < 1000, ids, ids // 1000).astype(np.uint8)).save(fine / f"{name}_gtFine_labelIds.png")
-        Image.fromarray(np.where(ids < 1000, ids, ids // 1000).astype(np.uint8)).save(fine / f"{name}_gtFine_color.png")  # to be left alone
-        data.save_ids(np.where(ids == 1, 0, ids), png / f"{name}_gtFine_panoptic.png")
-        segments = [{"id": key, "category_id": key if key < 1000 else key // 1000, "iscrowd": int(key == 24)} for key in (7, 24, 26000, 26001)]
-        (tmp_path / f"gtFine/cityscapes_panoptic_{split}.json").write_text(json.dumps({
-            "images": [{"id": name, "file_name": f"{name}_gtFine_leftImg8bit.png", "width": 60, "height": 40}], "categories": categories,
-            "annotations": [{"image_id": name, "file_name": f"{name}_gtFine_panoptic.png", "segments_info": segments}]}))
-    return tmp_path
-
-
 def test_cityscapes(cityscapes):
     panoptic, instances, semantic = (open_split(task, "val", as_is, data_dir=cityscapes) for task in ("panoptic", "instance", "semantic"))
     assert panoptic.image_ids == semantic.image_ids == ["munster_000000_000019"] and panoptic.file_names == semantic.file_names
