@@ -172,7 +172,7 @@ PRESETS: dict[str, dict] = {
     "shapes": dict(about="generated shapes, 128 pixels, from scratch, on a laptop's CPU in 10 minutes", **SHAPES),
     "shapes_panoptic": dict(
         about="the same with its ground as stuff, on a laptop's CPU in 10 minutes",
-        task="panoptic", box_init="token", **SHAPES),
+        **SHAPES | dict(task="panoptic", box_init="token", queries=100)),
     "shapes_semantic": dict(
         about="the same, a class for every pixel, on a laptop's CPU in 10 minutes",
         **SHAPES | dict(task="semantic", class_loss="ce", two_stage=False, box_init="token", denoising="none", scale_jitter=(1.0, 1.5))),

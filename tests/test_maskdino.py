@@ -15,6 +15,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 import losses
@@ -622,6 +623,27 @@ def test_checkpointed_activations_change_nothing(backbone):
         total.backward()
         found.append([total.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_regions_change_nothing_and_are_compiled_twice_at_most():
+    """On mixed image sizes each region has two graphs, one of them for square images; the backbone, one encoder layer's code and one decoder layer's: six."""
+    torch.manual_seed(0)
+    model = MaskDINO(tiny(levels=(8, 16, 32)), 7).train()
+    torch.compiler.reset()
+    counters.clear()
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            model.compile_regions()
+        for h, w in [(64, 64), (96, 96), (64, 96), (96, 64), (128, 64), (128, 128), (96, 128)]:
+            targets = [t | {"key": 1, "masks": t["masks"].repeat(1, 2, 2)[:, :h, :w]} for t in random_targets([2, 1])]
+            total, _ = Criterion(model.config)(model(torch.full((2, 3, h, w), 100, dtype=torch.uint8), [(h, w)] * 2, targets), targets)
+            model.zero_grad()
+            total.backward()
+            found.append([total.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(found[7:], found[:7], rtol=1e-3, atol=1e-3)
+    assert 0 < counters["stats"]["unique_graphs"] <= 6
 
 
 # ---------------------------------------------------------------------------------------------------------------- released checkpoints
