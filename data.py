@@ -747,7 +747,8 @@ def _jitter(image: Image.Image, truth: Any, size: int, scale_range: tuple[float,
     return view.lay(view.cut(image)), view
 
 
-def semantic_jitter(size: int | tuple[int, int], scale_range: tuple[float, float], flip: float = 0.5, single_category: float = 1.0) -> Callable:
+def semantic_jitter(size: int | tuple[int, int], scale_range: tuple[float, float], flip: float = 0.5, single_category: float = 1.0,
+                    colour: bool = True) -> Callable:
     """The training transform for semantic segmentation: the shorter edge scaled to U(scale_range) of size (the longer at most 4 times size), random crop
     to (size, size), colours jittered, flip with this probability, zeros right and below, which are ignored.
 
@@ -756,11 +757,11 @@ def semantic_jitter(size: int | tuple[int, int], scale_range: tuple[float, float
     As MaskFormer's, except that the scale is continuous, and that "size" tells the padding.
     """
     crop = (size, size) if isinstance(size, int) else tuple(size)
-    return partial(_semantic_jitter, crop=crop, scale_range=tuple(scale_range), flip=flip, single_category=single_category)
+    return partial(_semantic_jitter, crop=crop, scale_range=tuple(scale_range), flip=flip, single_category=single_category, colour=colour)
 
 
 def _semantic_jitter(image: Image.Image, truth: np.ndarray | None, crop: tuple[int, int], scale_range: tuple[float, float], flip: float,
-                     single_category: float) -> tuple[torch.Tensor, View]:
+                     single_category: float, colour: bool) -> tuple[torch.Tensor, View]:
     draw_flip, draw_scale, *place = torch.rand(4).tolist()
     scale = min(_between(scale_range, draw_scale) * max(crop) / min(image.size), 4 * max(crop) / max(image.size))
     view = _window(image, scale, crop, place, draw_flip < flip)
@@ -770,7 +771,7 @@ def _semantic_jitter(image: Image.Image, truth: np.ndarray | None, crop: tuple[i
             break
         view = _window(image, scale, crop, torch.rand(2).tolist(), view.flip)
     window = view.cut(image)
-    return view.lay(COLOURS(window)), view
+    return view.lay(COLOURS(window) if colour else window), view
 
 
 # Each half of the time: SSD's distortion of colours, with factors throughout

@@ -104,6 +104,7 @@ class Config:
     crop_height: int = 0                                             # semantic: of the crops, where they are wider than high; 0 = image_size
     scale_jitter: tuple[float, float] = (0.1, 2.0)                   # of the size that fits; semantic: of the shorter edge
     single_category: float = 1.0                                     # semantic: no class has a larger share of a crop; 1 = off
+    colour_jitter: bool = True                                       # semantic: brightness, contrast, saturation, hue
     flip: float = 0.5
     test_short: int = 800
     test_long: int = 1333
@@ -175,7 +176,7 @@ PRESETS: dict[str, dict] = {
         **SHAPES | dict(task="panoptic", box_init="token", queries=100)),
     "shapes_semantic": dict(
         about="the same, a class for every pixel, on a laptop's CPU in 10 minutes",
-        **SHAPES | dict(task="semantic", class_loss="ce", two_stage=False, box_init="token", denoising="none", scale_jitter=(1.0, 1.5))),
+        **SHAPES | dict(task="semantic", box_init="token", queries=100, box_loss=False, matching="mask", colour_jitter=False)),
     "overfit": dict(
         about="a few real images learned by heart, on a CPU in 20 minutes: --data=DIR --max_images=8",
         backbone="resnet10", backbone_norm="group", backbone_weights="none", levels=(8, 16, 32), hidden=128, enc_layers=1, enc_ffn=512, dec_layers=3,

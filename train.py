@@ -268,7 +268,8 @@ def open_data(config: Config, actions: dict, world: World, name: str) -> tuple[d
         if world.size > 1:
             dist.barrier()
     if config.task == "semantic":
-        jitter = data.semantic_jitter((config.crop_height or config.image_size, config.image_size), config.scale_jitter, config.flip, config.single_category)
+        size = config.crop_height or config.image_size, config.image_size
+        jitter = data.semantic_jitter(size, config.scale_jitter, config.flip, config.single_category, config.colour_jitter)
     else:
         jitter = data.large_scale_jitter(config.image_size, config.scale_jitter, config.flip)
     resize = partial(evaluate.resize_for_test, short=config.test_short, long=config.test_long)

@@ -687,28 +687,24 @@ def test_semantic_jitter_scales_the_shorter_edge(own):
     assert view.resized == (3, 256)  # the longer edge is 4 x 64 at most
 
 
-def test_semantic_jitter_moves_image_and_labels_together(monkeypatch):
-    monkeypatch.setattr(data, "COLOURS", lambda image: image)
+def test_semantic_jitter_moves_image_and_labels_together():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, (6, 9)).astype(np.int32).repeat(10, axis=0).repeat(10, axis=1)
     image = Image.fromarray(np.stack([80 * labels + 20] * 3, axis=2).astype(np.uint8))
     for key in range(20):
         torch.manual_seed(key)
-        out, view = semantic_jitter(64, (0.5, 2.0))(image, labels)
+        out, view = semantic_jitter(64, (0.5, 2.0), colour=False)(image, labels)
         shown = view.map(labels, -1)
         assert ((out[0].numpy() - 20.0) / 80).round()[shown >= 0] == pytest.approx(shown[shown >= 0], abs=1.1)
         assert np.mean(((out[0].numpy() - 20.0) / 80).round()[shown >= 0] != shown[shown >= 0]) < 0.3  # but for the edges, which the image blends
         assert not out[:, shown < 0].any()
 
 
-def test_colours_change_and_the_labels_and_the_padding_do_not(own, monkeypatch):
-    coloured = open_split("semantic", "val", semantic_jitter(64, (0.5, 2.0)), data_dir=own)
+def test_colours_change_and_the_labels_and_the_padding_do_not(own):
+    plain, coloured = (open_split("semantic", "val", semantic_jitter(64, (0.5, 2.0), colour=colour), data_dir=own) for colour in (False, True))
     changed = 0
     for key in range(10):
-        other, same = coloured[0, key]
-        with monkeypatch.context() as patch:
-            patch.setattr(data, "COLOURS", lambda image: image)
-            image, target = coloured[0, key]
+        (image, target), (other, same) = plain[0, key], coloured[0, key]
         assert torch.equal(target["masks"], same["masks"]) and not other[:, target["size"][0]:].any() and other.float().std((1, 2)).max() < 130
         changed += not torch.equal(image, other)
         assert torch.equal(other, coloured[0, key][0])
@@ -725,7 +721,7 @@ def test_crops_of_a_single_category_are_avoided():
         single = 0
         for key in range(100):
             torch.manual_seed(key)
-            shown = semantic_jitter(64, (3.125, 3.125), single_category=cap)(image, labels)[1].nearest(labels)
+            shown = semantic_jitter(64, (3.125, 3.125), single_category=cap, colour=False)(image, labels)[1].nearest(labels)
             single += np.bincount(shown[shown >= 0]).max() >= 0.75 * (shown >= 0).sum()
         return single / 100
     assert share(1.0) > 0.6 and share(0.75) < 0.15
