@@ -135,6 +135,8 @@ class Mask2Former(Segmenter):
 
 # ---------------------------------------------------------------------------------------------------------------- for maskdino.py, see `file_of`
 MODEL = Mask2Former
+SUPPORTED = dict(task=("instance", "panoptic", "semantic"), two_stage=(False,), content_queries=("learned", "zero"), decoder_levels=(0,), box_init=("token",),
+                 smallest_proposal=("fine",), denoising=("none",), matching=("hybrid", "mask"))      # fine: its encoder, too, was released coarse first
 RELEASABLE = {"denoising": ("none",), "content_queries": ("learned",), "attention_strides": ((),), "detection_head": (False,), "class_loss": ("ce",)}
 
 RELEASED = [                                                            # our name -> the released one, before those that all models share

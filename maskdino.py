@@ -163,7 +163,7 @@ class Config:
             raise ConfigError(f"--hidden={self.hidden}: must be a multiple of 32 (group norm) and of --heads={self.heads}")
         if self.backbone.startswith("swin") and (32 not in self.levels or not self.masks and 4 not in self.levels):
             raise ConfigError(f"--backbone={self.backbone} needs all its four maps: --levels=4,8,16,32")        # unused ones would get no gradient
-        if wrong := misfit(self, SUPPORTED[self.model]):
+        if wrong := misfit(self, file_of(self.model).SUPPORTED):
             raise ConfigError(f"--model={self.model} does not know {wrong}")
         if self.class_cost == "probability" and self.class_loss != "ce":
             raise ConfigError("--class_cost=probability goes with --class_loss=ce: it is a share of 1")
@@ -180,14 +180,9 @@ class Config:
 ARCHITECTURE = ("model", "task", "backbone", "backbone_norm", "levels", "decoder_levels", "hidden", "heads", "attention_points", "enc_layers", "enc_ffn",
                 "dec_layers", "dec_ffn", "queries", "two_stage", "content_queries", "box_init", "smallest_proposal", "initial_prediction", "class_loss",
                 "denoising", "detection_head", "masked_attention", "self_attention_first", "attention_strides", "round_robin")
-
-# What a model knows of fields that are not for every model.
-SUPPORTED = {
-    "maskdino": dict(content_queries=("selected", "learned"), detection_head=(True,), masked_attention=(True,), self_attention_first=(False,),
-                     attention_strides=((),), round_robin=(True,)),
-    "mask2former": dict(task=("instance", "panoptic", "semantic"), two_stage=(False,), content_queries=("learned", "zero"), decoder_levels=(0,),
-                        box_init=("token",), smallest_proposal=("fine",), denoising=("none",), matching=("hybrid", "mask")),
-}
+# What Mask DINO knows of fields that are not for every model; its siblings have such a table in their files.
+SUPPORTED = dict(content_queries=("selected", "learned"), detection_head=(True,), masked_attention=(True,), self_attention_first=(False,),
+                 attention_strides=((),), round_robin=(True,))
 
 SHAPES = dict(
     backbone="resnet18", backbone_norm="group", backbone_weights="none", levels=(8, 16), hidden=96, heads=6, enc_layers=1, enc_ffn=512, dec_layers=3,
@@ -303,6 +298,15 @@ def parse_overrides(argv: Sequence[str], actions: dict[str, type]) -> tuple[list
             raise ConfigError(f"--{name} needs a value: --{name}=...")
         (done if name in actions else overrides)[name] = parse_value(name, text, kind) if equals else True
     return words, done, overrides
+
+
+def file_of(model: str) -> ModuleType:
+    """The file of a model by its name (Config.model): the one place where that name decides.
+
+    Beside the class itself, MODEL, it has what only it knows: of fields (SUPPORTED), of the released format (RELEASABLE, `names_of` tensors, `facts_of`
+    a checkpoint), and its `rooms` in the tour.
+    """
+    return importlib.import_module(model)                               # not earlier: siblings import this file
 
 
 def through(module: nn.Module, again: bool, *arguments: object) -> object:
@@ -1032,12 +1036,6 @@ def semantic_labels(p: Prediction, pixels: Tensor, frame: Frame, temperature: fl
 MODEL = MaskDINO
 
 
-def file_of(model: str) -> ModuleType:
-    """The file of a model, by its name (Config.model): the one place where that name decides. It has the class as MODEL, and what else only it knows:
-    `names_of` its tensors and the `facts_of` a released checkpoint, and its `rooms` for the tour."""
-    return importlib.import_module(model)                               # not earlier: siblings import this file
-
-
 def build(config: Config, classes: dict) -> Segmenter:
     """A fresh model for `classes` = {"names", "category_ids", "is_thing"}."""
     model = file_of(config.model).MODEL(config, len(classes["names"]))
@@ -1222,7 +1220,7 @@ def turn_levels(name: str, x: Tensor, config: Config) -> Tensor:
     return x.flip(0) if name == "decoder.level_embed.weight" else x     # Mask2Former's decoder, whose levels have no other trace
 
 
-# What models must be like to have a place in the released format.
+# What models must be like to have a place in the released format; a sibling's own table goes before.
 RELEASABLE = {"task": ("instance", "panoptic", "semantic"), "denoising": ("mask", "box"), "decoder_levels": (0,), "backbone_norm": ("frozen", "batch"),
               "backbone": tuple(name for name in (*RESNET_BLOCKS, *SWINS) if name != "resnet10")}
 
@@ -1327,7 +1325,7 @@ def official_config(state: dict[str, Tensor], source: object, **overrides) -> Co
             raise ConfigError(f"--{key}={value} contradicts {source}, which has {facts[key]}: leave it out")
     config = dataclasses.replace(config, **overrides)
     guessed = ("box_init", "queries", "test_short", "test_long", "object_threshold", "overlap_threshold", "temperature")
-    guessed = [key for key in guessed if key not in facts and key not in overrides and key not in SUPPORTED[model]]
+    guessed = [key for key in guessed if key not in facts and key not in overrides and key not in file_of(model).SUPPORTED]
     say(f"{source}: a released checkpoint, {config.task}, {config.backbone}, levels {','.join(map(str, config.levels))}, {K} classes; "
         f"taken from preset {name}: " + ", ".join(f"{key}={getattr(config, key)}" for key in guessed))
     return config
