@@ -68,13 +68,9 @@ class Scale(NamedTuple):
     pixels: Tensor          # (B, S, C) pixel embedding map at the level's size
 
 
-@torch.no_grad()
-def outside(embeddings: Tensor, pixels: Tensor) -> Tensor:
-    """Equation 3: (B, Q, S) bool, True = blocked: cells outside the mask that a query predicted. Whoever's mask is empty looks everywhere.
-
-    A resized mask logit is the dot product with the resized pixel embedding, both being linear, so that masks are never made in full size.
-    """
-    blocked = embeddings @ pixels.mT < 0                                        # a probability below 0.5
+def outside(inside: Tensor) -> Tensor:
+    """Equation 3: logits or the like at a level's cells, (B, Q, S) -> bool, True = blocked: cells outside. Whoever has nothing inside looks everywhere."""
+    blocked = inside < 0
     return blocked & ~blocked.all(-1, keepdim=True)
 
 
@@ -92,7 +88,8 @@ class MaskedDecoder(nn.Module):
         init_transformer(self.layers)
 
     def scales(self, memory: Tensor, shapes: list[tuple[int, int]], pixels: Tensor) -> list[Scale]:
-        """What the layers see, in their order: levels from coarse to fine (section 3.2.1), or all of them at once."""
+        """tokens (B, S, C), pixel embedding map (B, C, H/4, W/4) -> what the layers see, in their order: levels from coarse to fine (section 3.2.1), or
+        all of them at once."""
         tokens, scales = memory.split([h * w for h, w in shapes], 1), []
         for level, embed in zip(self.levels, self.level_embed.weight, strict=True):
             value = tokens[level] + embed
@@ -101,16 +98,16 @@ class MaskedDecoder(nn.Module):
             scales.append(Scale(key, value, small.flatten(2).transpose(1, 2)))
         return scales[::-1] if self.config.round_robin else [Scale(*(torch.cat(parts, 1) for parts in zip(*scales, strict=True)))]
 
-    def forward(self, x: Tensor, memory: Tensor, shapes: list[tuple[int, int]], pixels: Tensor, heads: nn.Module) -> dict[str, Prediction]:
-        """content (B, Q, C), memory (B, S, C), pixel embedding map (B, C, H/4, W/4) -> predictions "initial", "layer1" ..."""
+    def forward(self, x: Tensor, scales: list[Scale], heads: nn.Module) -> dict[str, Prediction]:
+        """content (B, Q, C), what `scales` gives -> predictions "initial", "layer1" ..."""
         config, pos = self.config, self.position.weight
-        scales = self.scales(memory, shapes, pixels)
         sets = {"initial": heads(x)} if config.initial_prediction else {}
         blocked = None
         for i, layer in enumerate(self.layers):
             scale = scales[i % len(scales)]
             if config.masked_attention and sets:
-                blocked = outside(list(sets.values())[-1].embeddings, scale.pixels)
+                with torch.no_grad():       # a resized mask is the product with the resized pixel embedding: masks are never made in full size
+                    blocked = outside(list(sets.values())[-1].embeddings @ scale.pixels.mT)
             x = through(layer, config.checkpoint_activations, x, pos, scale.key, scale.value, blocked)          # (B, Q, C)
             sets[f"layer{i + 1}"] = heads(x)
         return sets
@@ -129,7 +126,7 @@ class Mask2Former(Segmenter):
         """The targets are for models with denoising."""
         memory, shapes, pixels = self.pixel_decoder(self.backbone(self.normalise(images, sizes)))
         content = self.content.weight if self.content else torch.zeros_like(self.decoder.position.weight)
-        sets = self.decoder(content.expand(len(images), -1, -1), memory, shapes, pixels, self.heads)
+        sets = self.decoder(content.expand(len(images), -1, -1), self.decoder.scales(memory, shapes, pixels), self.heads)
         return Output(tuple(images.shape[-2:]), pixels, sets, {}, 0)
 
 
