@@ -98,17 +98,23 @@ class MaskedDecoder(nn.Module):
             scales.append(Scale(key, value, small.flatten(2).transpose(1, 2)))
         return scales[::-1] if self.config.round_robin else [Scale(*(torch.cat(parts, 1) for parts in zip(*scales, strict=True)))]
 
-    def forward(self, x: Tensor, scales: list[Scale], heads: nn.Module) -> dict[str, Prediction]:
-        """content (B, Q, C), what `scales` gives -> predictions "initial", "layer1" ..."""
+    def forward(self, x: Tensor, scales: list[Scale], heads: nn.Module, blocked: Tensor | None = None,
+                modulation: tuple[Tensor, Tensor] | None = None) -> dict[str, Prediction]:
+        """content (B, Q, C), what `scales` gives -> predictions "initial", "layer1" ...
+
+        DFormer has two more: what is blocked in the first layer, (B, Q, S), where no prediction says so yet; and a modulation (scale, shift), (B, 1, C)
+        each, of the queries after every layer.
+        """
         config, pos = self.config, self.position.weight
         sets = {"initial": heads(x)} if config.initial_prediction else {}
-        blocked = None
         for i, layer in enumerate(self.layers):
             scale = scales[i % len(scales)]
             if config.masked_attention and sets:
                 with torch.no_grad():       # a resized mask is the product with the resized pixel embedding: masks are never made in full size
                     blocked = outside(list(sets.values())[-1].embeddings @ scale.pixels.mT)
             x = through(layer, config.checkpoint_activations, x, pos, scale.key, scale.value, blocked)          # (B, Q, C)
+            if modulation is not None:
+                x = x * (1 + modulation[0]) + modulation[1]
             sets[f"layer{i + 1}"] = heads(x)
         return sets
 
@@ -134,6 +140,7 @@ class Mask2Former(Segmenter):
 MODEL = Mask2Former
 SUPPORTED = dict(task=("instance", "panoptic", "semantic"), two_stage=(False,), content_queries=("learned", "zero"), decoder_levels=(0,), box_init=("token",),
                  smallest_proposal=("fine",), denoising=("none",), matching=("hybrid", "mask"))      # fine: its encoder, too, was released coarse first
+BUFFERS: dict[str, Tensor] = {}
 RELEASABLE = {"denoising": ("none",), "content_queries": ("learned",), "attention_strides": ((),), "detection_head": (False,), "class_loss": ("ce",)}
 
 RELEASED = [                                                            # our name -> the released one, before those that all models share
@@ -154,16 +161,20 @@ def facts_of(clues: Clues) -> dict[str, object]:
     """Fields of Config that tell Mask2Former's models apart."""
     ffn = "sem_seg_head.predictor.transformer_ffn_layers"
     return {"dec_layers": clues.count(rf"{ffn}\.(\d+)\."), "dec_ffn": clues.shape(f"{ffn}.0.linear1.weight")[0],
-            "queries": clues.shape("sem_seg_head.predictor.query_feat.weight")[0], "two_stage": False, "class_loss": "ce"}
+            "queries": clues.shape("sem_seg_head.predictor.query_embed.weight")[0], "two_stage": False, "class_loss": "ce"}
 
 
-def rooms(model: Mask2Former, seen: dict) -> list[tuple]:
+def rooms(model: Segmenter, seen: dict) -> list[tuple]:
     """Rows of the tour between pixel decoder and heads."""
-    config, content = model.config, model.content.weight if model.content else None
+    content = [("content", model.content.weight, "content", "learned queries, the first to predict")] if model.content else []
+    return content + decoder_rooms(model, seen)
+
+
+def decoder_rooms(model: Segmenter, seen: dict) -> list[tuple]:
+    config = model.config
     strides = config.attention_strides or config.levels
     order = ", then ".join(map(str, strides[::-1])) if config.round_robin else " and ".join(map(str, strides))
     return [
-        ("content", content, "content", "learned queries, the first to predict"),
         ("decoder", None, "decoder", f"x {config.dec_layers}: stride {order}" + ", and so on" * (config.round_robin and len(strides) > 1)),
         ("  position", model.decoder.position.weight, "decoder.position", "learned, added in attention"),
         ("  layers: cross_attn", None, r"decoder.layers.\d+.(cross_attn|norm2)", "inside the last mask" if config.masked_attention else "to every cell"),

@@ -68,7 +68,7 @@ class ConfigError(ValueError):
 class Config:
     """Everything that defines a run: model, data and schedule. The defaults are Mask DINO R50, 50 epochs, as released."""
     # model
-    model: Literal["maskdino", "mask2former"] = "maskdino"
+    model: Literal["maskdino", "mask2former", "dformer"] = "maskdino"
     task: Literal["detection", "instance", "panoptic", "semantic"] = "instance"     # detection: no masks anywhere (Table 11, "box only")
     backbone: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "swin_t", "swin_s", "swin_b", "swin_l"] = "resnet50"
     backbone_norm: Literal["frozen", "batch", "group"] = "frozen"    # of ResNets; frozen only makes sense with trained weights
@@ -84,7 +84,8 @@ class Config:
     dec_ffn: int = 2048
     queries: int = 300
     two_stage: bool = True                                           # queries selected from encoder tokens; else learned
-    content_queries: Literal["selected", "learned", "zero"] = "selected"     # unified query selection (Table 15); zero: only their positions are learned
+    # Unified query selection (Table 15); zero: only positions are learned; pooled: from the pixels inside noisy masks (DFormer).
+    content_queries: Literal["selected", "learned", "zero", "pooled"] = "selected"
     box_init: Literal["token", "mask2box", "bitmask"] = "mask2box"   # anchors from the token, or from its mask (Table 9)
     smallest_proposal: Literal["coarse", "fine"] = "coarse"          # which level's proposals are 0.05 wide; doubles level by level
     initial_prediction: bool = True                                  # predict before the first decoder layer, too
@@ -106,6 +107,10 @@ class Config:
     self_attention_first: bool = False                               # Mask2Former (Table 4b): else each layer starts with cross-attention
     attention_strides: tuple[int, ...] = ()                          # Mask2Former (Table 4d): levels that its decoder sees; () = all
     round_robin: bool = True                                         # Mask2Former (Table 4d): one of them a layer, coarse to fine; else all in each
+    noise_scale: float = 0.1                                         # DFormer: masks are -b and b before noise of variance 1 comes
+    mask_encoding: Literal["binary", "shuffled"] = "binary"          # DFormer; shuffled: random grey values, brighter inside an object
+    sampling_steps: int = 1                                          # DFormer, at inference
+    sampling_eta: float = 1.0                                        # DFormer: 0 = no fresh noise between steps (DDIM)
     detections: int = 100                                            # instances kept per image at inference
     object_threshold: float = 0.25                                   # panoptic: queries below it are not drawn
     overlap_threshold: float = 0.8                                   # panoptic: nor those of whose mask less is left over
@@ -179,7 +184,7 @@ class Config:
 # What decides the tensors of a checkpoint and what they mean; the rest of Config may differ between training and use.
 ARCHITECTURE = ("model", "task", "backbone", "backbone_norm", "levels", "decoder_levels", "hidden", "heads", "attention_points", "enc_layers", "enc_ffn",
                 "dec_layers", "dec_ffn", "queries", "two_stage", "content_queries", "box_init", "smallest_proposal", "initial_prediction", "class_loss",
-                "denoising", "detection_head", "masked_attention", "self_attention_first", "attention_strides", "round_robin")
+                "denoising", "detection_head", "masked_attention", "self_attention_first", "attention_strides", "round_robin", "noise_scale", "mask_encoding")
 # What Mask DINO knows of fields that are not for every model; its siblings have such a table in their files.
 SUPPORTED = dict(content_queries=("selected", "learned"), detection_head=(True,), masked_attention=(True,), self_attention_first=(False,),
                  attention_strides=((),), round_robin=(True,))
@@ -193,6 +198,7 @@ SHAPES = dict(
 MASK2FORMER = dict(
     model="mask2former", levels=(8, 16, 32), enc_ffn=1024, queries=100, two_stage=False, content_queries="learned", box_init="token", smallest_proposal="fine",
     denoising="none", class_loss="ce", class_cost="probability", class_weight=2.0, detection_head=False, object_threshold=0.8, temperature=0.0)
+DFORMER = MASK2FORMER | dict(model="dformer", content_queries="pooled", initial_prediction=False)
 
 # One row a preset: overrides of Config and, under "about", what the row claims; under "released", what is in the name of its official checkpoint.
 PRESETS: dict[str, dict] = {
@@ -243,6 +249,16 @@ PRESETS: dict[str, dict] = {
     "mask2former_cityscapes_semantic_r50": dict(
         about="paper: mIoU 79.0 (Mask DINO, Table 6)", released="model_final", task="semantic", backbone_norm="batch", crop_height=512,
         scale_jitter=(0.5, 2.0), test_short=1024, test_long=2048, iterations=90_000, lr_schedule="poly", **MASK2FORMER),
+    "dformer_shapes": dict(about="DFormer on generated shapes, a model of the same size", **DFORMER | SHAPES),
+    "dformer_coco_instance_r50_50ep": dict(about="paper: mask AP 42.6", released="dformer", total_batch=12, iterations=491_666,
+                                           lr_drops=(437_037, 473_456), **DFORMER),
+    "dformer_coco_instance_swint_50ep": dict(about="paper: mask AP 44.4", released="dformer", backbone="swin_t", total_batch=12, iterations=491_666,
+                                             lr_drops=(437_037, 473_456), **DFORMER),
+    "dformer_coco_panoptic_r50_50ep": dict(about="paper: PQ 51.1", released="dformer", task="panoptic", total_batch=12, iterations=491_666,
+                                           lr_drops=(437_037, 473_456), **DFORMER),
+    "dformer_ade20k_semantic_r50": dict(
+        about="paper: mIoU 46.7", released="dformer", task="semantic", image_size=512, scale_jitter=(0.5, 2.0), test_short=512, test_long=2048,
+        iterations=160_000, lr_schedule="poly", **DFORMER),
 }
 
 
@@ -303,8 +319,8 @@ def parse_overrides(argv: Sequence[str], actions: dict[str, type]) -> tuple[list
 def file_of(model: str) -> ModuleType:
     """The file of a model by its name (Config.model): the one place where that name decides.
 
-    Beside the class itself, MODEL, it has what only it knows: of fields (SUPPORTED), of the released format (RELEASABLE, `names_of` tensors, `facts_of`
-    a checkpoint), and its `rooms` in the tour.
+    Beside the class itself, MODEL, it has what only it knows: of fields (SUPPORTED), of the released format (RELEASABLE, BUFFERS, `names_of` tensors,
+    `facts_of` a checkpoint), and its `rooms` in the tour.
     """
     return importlib.import_module(model)                               # not earlier: siblings import this file
 
@@ -1140,8 +1156,8 @@ def read_weights(content: dict, path: str | os.PathLike, **overrides) -> tuple[d
         return content["ema"] or content["model"], config_in(content, path, **overrides), content["classes"]
     state, remedy = weights_in(content, path), {"DINO": "it can only be a start: python train.py PRESET --finetune=..."}
     if (kind := family(state)) not in RELEASED:
-        known = " or ".join(RELEASED)
-        raise ConfigError(f"{path} is a checkpoint of {kind}, not of {known}: {remedy.get(kind, 'it cannot be used here')}" if kind != "unknown" else
+        known = ", ".join(RELEASED)
+        raise ConfigError(f"{path} is a checkpoint of {kind}, none of {known}: {remedy.get(kind, 'it cannot be used here')}" if kind != "unknown" else
                           f"{path} is no checkpoint of {known}: its tensors have names like '{next(iter(state))}'")
     config = official_config(state, path, **overrides)
     classes = class_list(len(state[CLASS_HEAD]) - (config.class_loss == "ce"))
@@ -1162,7 +1178,8 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu", **override
 
 
 # ---------------------------------------------------------------------------------------------------------------- released checkpoints
-RELEASED = {"Mask DINO": "maskdino", "Mask2Former": "mask2former"}
+RELEASED = {"Mask DINO": "maskdino", "Mask2Former": "mask2former", "DFormer": "dformer"}
+BUFFERS: dict[str, Tensor] = {}                                         # constants in released checkpoints of this model alone
 CLASS_HEAD = "sem_seg_head.predictor.class_embed.weight"
 OFFICIAL = [                                                            # our name -> the released one
     (r"^backbone\.body\.(bn1|conv1)\.", lambda m: "backbone.stem.conv1." + "norm." * (m[1] == "bn1")),
@@ -1234,7 +1251,7 @@ def to_official(model: Segmenter) -> dict[str, Tensor]:
         state |= dict.fromkeys(official_names(name, config), turn_levels(name, x, config))
     weight = torch.ones(model.num_classes + 1)
     weight[-1] = 0.1
-    return state | {"criterion.empty_weight": weight}
+    return state | {"criterion.empty_weight": weight} | file_of(config.model).BUFFERS
 
 
 def from_official(state: dict[str, Tensor], model: Segmenter, source: object) -> dict[str, Tensor]:
@@ -1256,7 +1273,7 @@ def from_official(state: dict[str, Tensor], model: Segmenter, source: object) ->
             if not torch.equal(left.pop(alias, x), x):
                 raise ConfigError(f"{source}: '{alias}' should be the same tensor as '{official}' and is not: this is no checkpoint of the released code")
         ours[name] = turn_levels(name, x, config)
-    known = ("criterion.empty_weight", "relative_position_index", "num_batches_tracked")
+    known = ("criterion.empty_weight", "relative_position_index", "num_batches_tracked", *file_of(config.model).BUFFERS)
     if unknown := sorted(key for key in left if not key.endswith(known)):
         raise ConfigError(f"{source}: {len(unknown)} tensors have no place in this model, for example '{unknown[0]}': it is of a model that is not known here")
     return ours

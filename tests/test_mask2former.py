@@ -35,29 +35,33 @@ def close(ours, theirs, atol, name):
 
 # ---------------------------------------------------------------------------------------------------------------- golden head
 class Features(nn.Module):
-    """Stands for the backbone: the fixture starts from feature maps."""
+    """Stands for the backbone: the fixtures start from feature maps."""
     channels = [8, 16, 24, 32]
 
-    def __init__(self, _config):
+    def __init__(self, maps):
         super().__init__()
-        self.maps = [tensor(x) for x in recipe_siblings.features(8, 2, 128, 160)]
+        self.maps = [tensor(x) for x in maps]
 
     def forward(self, _images):
         return self.maps
 
 
-@pytest.fixture(scope="module")
-def head():
-    """The fixture, and its model with the recipe's weights, the stored features in place of a backbone."""
-    z, patch = golden("head_mask2former"), pytest.MonkeyPatch()
-    assert z["feature_seed"] == 8 and z["cfg"].tolist() == [64, 20, 2, 3, 128, 7, 2, 128, 160, 8]
-    config = preset("mask2former_coco_instance_r50_50ep", hidden=64, enc_layers=2, enc_ffn=128, dec_layers=3, dec_ffn=128, queries=20, mask_points=256)
-    patch.setattr(maskdino, "make_backbone", Features)
-    model = Mask2Former(config, 7)
-    patch.undo()
+def head_model(z, name):
+    """A fixture's model with the recipe's weights, its features in place of a backbone."""
+    hidden, queries, enc_layers, dec_layers, ffn, K, B, H, W, _ = z["cfg"].tolist()
+    config = preset(name, hidden=hidden, enc_layers=enc_layers, enc_ffn=ffn, dec_layers=dec_layers, dec_ffn=ffn, queries=queries, mask_points=256)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(maskdino, "make_backbone", lambda _config: Features(recipe_siblings.features(int(z["feature_seed"]), B, H, W)))
+        model = maskdino.file_of(config.model).MODEL(config, K)
     state = {f"sem_seg_head.{name}": tensor(recipe_siblings.fill(name, shape)) for name, shape in json.loads(str(z["params"])).items()}
     model.load_state_dict(maskdino.from_official(state, model, "fixture"))
-    return z, model
+    return model
+
+
+@pytest.fixture(scope="module")
+def head():
+    z = golden("head_mask2former")
+    return z, head_model(z, "mask2former_coco_instance_r50_50ep")
 
 
 def forward(model):
@@ -107,46 +111,62 @@ def test_golden_tokens_and_positions(head):
 
 
 # ---------------------------------------------------------------------------------------------------------------- golden training
-def training_case():
-    z = golden("criterion_mask2former")
+def golden_targets(z):
     targets = [{"labels": tensor(z[f"gt_labels_{b}"]).long(), "masks": tensor(np.unpackbits(z[f"gt_masks_{b}"], -1)), "key": b} for b in range(2)]
-    return z, [t | {"boxes": torch.zeros(len(t["labels"]), 4)} for t in targets]
+    return [t | {"boxes": torch.zeros(len(t["labels"]), 4)} for t in targets]
 
 
-def by_object(z, rows, r, counts):
-    """Rows that go by matched query, image after image -> for each image, by object."""
-    return [x[np.argsort(z[f"assign_gt_{r}_{b}"])] for b, x in enumerate(np.split(rows, np.cumsum(counts)[:-1]))]
+def golden_matching(z, criterion, output, targets):
+    """At the recorded points: cost terms, each (R, B, Q, N), their weighted sum, each object's query (R, B, N), and the points as Criterion takes them.
+
+    Where only the final points of the losses are stored, they are given as the random extra ones, which are taken as they are.
+    """
+    sets, counts = losses.stack(output.sets), [len(t["labels"]) for t in targets]
+    R = len(output.sets)
+    match = tensor(np.stack([[z[f"match_points_{r}_{b}"] for b in range(2)] for r in range(R)]))
+    cost = losses.matching_cost(sets, output.pixels, Truth.of(targets, True), match, criterion.cost_parts, "probability")
+    total = sum(criterion.weights[k] * x for k, x in cost.items())
+    query, found = losses.assign(total, counts)
+    assert all(found[:, b, :n].all() for b, n in enumerate(counts))
+
+    def images(name):
+        return [tensor(np.stack(parts)) for parts in zip(*(by_object(z[f"{name}_{r}"], query[r], counts) for r in range(R)), strict=True)]
+    if f"loss_points_{R - 1}" in z.files:
+        draws = [(torch.zeros(R, n, 768, 2), final) for n, final in zip(counts, images("loss_points"), strict=True)]
+    else:
+        draws = list(zip(images("oversampled_points"), images("random_points"), strict=True))
+    return cost, total, query, {"match": match, "sets": draws}
+
+
+def by_object(rows, query, counts):
+    """Rows that go by matched query, image after image -> for each image, by object. query (B, N): each object's."""
+    return [x[query[b, :counts[b]].argsort().argsort()] for b, x in enumerate(np.split(rows, np.cumsum(counts)[:-1]))]
 
 
 def test_golden_training(head):
     """Costs, assignments, every loss, the total and every gradient, given the recorded points."""
-    z, targets = training_case()
-    model, counts = head[1].train(), [len(t["labels"]) for t in targets]
+    z = golden("criterion_mask2former")
+    model, targets = head[1].train(), golden_targets(z)
     model.zero_grad()
     for x in model.backbone.maps:
         x.requires_grad_().grad = None
     output, criterion = forward(model), Criterion(model.config)
-    match = tensor(np.stack([[z[f"match_points_{r}_{b}"] for b in range(2)] for r in range(4)]))
-    cost = losses.matching_cost(losses.stack(output.sets), output.pixels, Truth.of(targets, True), match, criterion.cost_parts, "probability")
-    total = sum(criterion.weights[k] * x for k, x in cost.items())
-    query, found = losses.assign(total, counts)
+    cost, total, query, points = golden_matching(z, criterion, output, targets)
     for r in range(4):
-        for b, n in enumerate(counts):
+        for b, n in enumerate([len(t["labels"]) for t in targets]):
             for ours, name in ((cost["mask"], "cost_mask"), (cost["dice"], "cost_dice"), (total, "cost")):
                 close(ours[r, b, :, :n], z[f"{name}_{r}_{b}"], 1e-4, f"{name}_{r}_{b}")
-            assert found[r, b, :n].all() and query[r, b, :n].tolist() == z[f"assign_query_{r}_{b}"][np.argsort(z[f"assign_gt_{r}_{b}"])].tolist()
-
-    # Given as the random extra ones, the final points are taken as they are.
-    final = [by_object(z, z[f"loss_points_{r}"], r, counts) for r in range(4)]
-    sets = [(torch.zeros(4, n, 768, 2), tensor(np.stack([final[r][b] for r in range(4)]))) for b, n in enumerate(counts)]
-    total, ours = criterion(output, targets, points={"match": match, "sets": sets})
-    assert len(ours) == 12 and z["num_masks"] == sum(counts)
+            assert query[r, b, :n].tolist() == z[f"assign_query_{r}_{b}"][np.argsort(z[f"assign_gt_{r}_{b}"])].tolist()
+    total, ours = criterion(output, targets, points=points)
+    assert len(ours) == 12 and z["num_masks"] == 8
     for r, name in enumerate(output.sets):
         for part, official in OFFICIAL_LOSS.items():
             assert ours[f"{name}/{part}"].item() == pytest.approx(float(z[f"{official}_{r}"]), abs=1e-5), (name, part)
     assert total.item() == pytest.approx(float(z["total_weighted"]), rel=1e-6)
     total.backward()
     check_gradients(model, z)
+    for i, x in enumerate(model.backbone.maps):
+        close(x.grad[:, :, ::4, ::4], z[f"grad_res{i + 2}"], 1e-5, f"res{i + 2}")
 
 
 def check_gradients(model, z):
@@ -157,20 +177,17 @@ def check_gradients(model, z):
         if f"gradof:{official}" in z.files:
             close(maskdino.turn_levels(name, p.grad, model.config), z[f"gradof:{official}"], 1e-5, name)
     assert not norms
-    for i, x in enumerate(model.backbone.maps):
-        close(x.grad[:, :, ::4, ::4], z[f"grad_res{i + 2}"], 1e-5, f"res{i + 2}")
 
 
 def test_golden_importance_sampling(head):
-    z, targets = training_case()
+    z = golden("criterion_mask2former")
+    targets = golden_targets(z)
     with torch.no_grad():
         output = forward(head[1])
-    last, counts = output.sets["layer3"], [len(t["labels"]) for t in targets]
-    draws = [by_object(z, z[f"{name}_3"], 3, counts) for name in ("oversampled_points", "random_points", "loss_points")]
-    for b in range(2):
-        query = z[f"assign_query_3_{b}"][np.argsort(z[f"assign_gt_3_{b}"])]
-        maps = maskdino.mask_logits(last.embeddings[b:b + 1, query], output.pixels[b:b + 1])
-        candidates, extra, theirs = (tensor(d[b]) for d in draws)
+        query = golden_matching(z, Criterion(head[1].config), output, targets)[2][3]
+    draws = [by_object(z[f"{name}_3"], query, [3, 5]) for name in ("oversampled_points", "random_points", "loss_points")]
+    for b, (candidates, extra, theirs) in enumerate(zip(*(map(tensor, d) for d in draws), strict=True)):
+        maps = maskdino.mask_logits(output.sets["layer3"].embeddings[b:b + 1, query[b, :len(theirs)]], output.pixels[b:b + 1])
         for ours, wanted in zip(losses.uncertain_points(maps, candidates[None], extra[None])[0], theirs, strict=True):
             assert {tuple(p) for p in ours.tolist()} == {tuple(p) for p in wanted.tolist()}
 
