@@ -76,7 +76,7 @@ def draw_noise(target: dict, config: Config) -> dict:
     g, Q, n = generator(target, 0, device), config.queries, min(len(target["labels"]), config.queries)
     sizes = [(2 * H // stride, 2 * W // stride) for stride in strides_read(config)]
     return {"t": int(torch.randint(STEPS, (), generator=g, device=device)), "order": torch.randperm(Q, generator=g, device=device),
-            "pads": [torch.randint(2, (Q - n, *size), generator=g, device=device) for size in sizes],
+            "pads": [torch.randint(2, (Q - n, *size), generator=g, device=device, dtype=torch.uint8) for size in sizes],
             "noise": [torch.randn((Q, *size), generator=g, device=device) for size in sizes],
             "grey": [torch.rand((Q, *size), generator=g, device=device) if config.mask_encoding == "shuffled" else None for size in sizes]}
 

@@ -198,7 +198,10 @@ SHAPES = dict(
 MASK2FORMER = dict(
     model="mask2former", levels=(8, 16, 32), enc_ffn=1024, queries=100, two_stage=False, content_queries="learned", box_init="token", smallest_proposal="fine",
     denoising="none", class_loss="ce", class_cost="probability", class_weight=2.0, detection_head=False, object_threshold=0.8, temperature=0.0)
-DFORMER = MASK2FORMER | dict(model="dformer", content_queries="pooled", initial_prediction=False)
+DFORMER = MASK2FORMER | dict(model="dformer", content_queries="pooled", initial_prediction=False, total_batch=12, iterations=491_666,
+                             lr_drops=(437_037, 473_456))
+ADE20K = dict(task="semantic", image_size=512, scale_jitter=(0.5, 2.0), test_short=512, test_long=2048, iterations=160_000)
+CITYSCAPES = dict(task="semantic", backbone_norm="batch", crop_height=512, scale_jitter=(0.5, 2.0), test_short=1024, test_long=2048, iterations=90_000)
 
 # One row a preset: overrides of Config and, under "about", what the row claims; under "released", what is in the name of its official checkpoint.
 PRESETS: dict[str, dict] = {
@@ -230,35 +233,29 @@ PRESETS: dict[str, dict] = {
     "coco_panoptic_swinl_50ep": dict(about="paper: PQ 58.3 (Table 4)", released="panoptic_58.3pq", task="panoptic", backbone="swin_l",
                                      levels=(4, 8, 16, 32, 64), box_init="token"),
     "ade20k_semantic_r50": dict(
-        about="paper: mIoU 48.7 (Table 5)", released="ade20k_48.7miou", task="semantic", class_loss="ce", two_stage=False, levels=(8, 16, 32), enc_ffn=1024,
-        queries=100, box_init="token", smallest_proposal="fine", image_size=512, scale_jitter=(0.5, 2.0), test_short=512, test_long=2048, iterations=160_000,
-        lr_drops=(135_000, 150_000)),
+        about="paper: mIoU 48.7 (Table 5)", released="ade20k_48.7miou", class_loss="ce", two_stage=False, levels=(8, 16, 32), enc_ffn=1024,
+        queries=100, box_init="token", smallest_proposal="fine", lr_drops=(135_000, 150_000), **ADE20K),
     "cityscapes_semantic_r50": dict(
-        about="paper: mIoU 80.0 (Table 6)", released="cityscapes_79.8miou", task="semantic", class_loss="ce", two_stage=False, levels=(8, 16, 32), enc_ffn=1024,
-        queries=100, box_init="token", smallest_proposal="fine", backbone_norm="batch", crop_height=512, scale_jitter=(0.5, 2.0),
-        test_short=1024, test_long=2048, iterations=90_000, lr_drops=(80_000, 87_000)),
+        about="paper: mIoU 80.0 (Table 6)", released="cityscapes_79.8miou", class_loss="ce", two_stage=False, levels=(8, 16, 32), enc_ffn=1024,
+        queries=100, box_init="token", smallest_proposal="fine", lr_drops=(80_000, 87_000), **CITYSCAPES),
     "mask2former_shapes": dict(about="Mask2Former on generated shapes, a model of the same size", **MASK2FORMER | SHAPES),
+    "mask2former_shapes_panoptic": dict(about="the same with its ground as stuff", task="panoptic", **MASK2FORMER | SHAPES),
+    "mask2former_shapes_semantic": dict(about="the same, a class for every pixel", task="semantic", **MASK2FORMER | SHAPES | dict(scale_jitter=(1.0, 1.5))),
     "mask2former_coco_instance_r50_50ep": dict(about="paper: mask AP 43.7", released="model_final", **MASK2FORMER),
     "mask2former_coco_instance_swint_50ep": dict(about="paper: mask AP 45.0", released="model_final", backbone="swin_t", **MASK2FORMER),
     "mask2former_coco_instance_swinl_100ep": dict(about="paper: mask AP 50.1", released="model_final", backbone="swin_l", iterations=737_500,
                                                   lr_drops=(655_556, 710_184), **MASK2FORMER | dict(queries=200)),
     "mask2former_coco_panoptic_r50_50ep": dict(about="paper: PQ 51.9", released="model_final", task="panoptic", **MASK2FORMER),
-    "mask2former_ade20k_semantic_r50": dict(
-        about="paper: mIoU 47.2", released="model_final", task="semantic", image_size=512, scale_jitter=(0.5, 2.0), test_short=512, test_long=2048,
-        iterations=160_000, lr_schedule="poly", **MASK2FORMER),
-    "mask2former_cityscapes_semantic_r50": dict(
-        about="paper: mIoU 79.0 (Mask DINO, Table 6)", released="model_final", task="semantic", backbone_norm="batch", crop_height=512,
-        scale_jitter=(0.5, 2.0), test_short=1024, test_long=2048, iterations=90_000, lr_schedule="poly", **MASK2FORMER),
+    "mask2former_ade20k_semantic_r50": dict(about="paper: mIoU 47.2", released="model_final", lr_schedule="poly", **MASK2FORMER | ADE20K),
+    "mask2former_cityscapes_semantic_r50": dict(about="paper: mIoU 79.0 (Mask DINO, Table 6)", released="model_final", lr_schedule="poly",
+                                                **MASK2FORMER | CITYSCAPES),
     "dformer_shapes": dict(about="DFormer on generated shapes, a model of the same size", **DFORMER | SHAPES),
-    "dformer_coco_instance_r50_50ep": dict(about="paper: mask AP 42.6", released="dformer", total_batch=12, iterations=491_666,
-                                           lr_drops=(437_037, 473_456), **DFORMER),
-    "dformer_coco_instance_swint_50ep": dict(about="paper: mask AP 44.4", released="dformer", backbone="swin_t", total_batch=12, iterations=491_666,
-                                             lr_drops=(437_037, 473_456), **DFORMER),
-    "dformer_coco_panoptic_r50_50ep": dict(about="paper: PQ 51.1", released="dformer", task="panoptic", total_batch=12, iterations=491_666,
-                                           lr_drops=(437_037, 473_456), **DFORMER),
-    "dformer_ade20k_semantic_r50": dict(
-        about="paper: mIoU 46.7", released="dformer", task="semantic", image_size=512, scale_jitter=(0.5, 2.0), test_short=512, test_long=2048,
-        iterations=160_000, lr_schedule="poly", **DFORMER),
+    "dformer_shapes_panoptic": dict(about="the same with its ground as stuff", task="panoptic", **DFORMER | SHAPES),
+    "dformer_shapes_semantic": dict(about="the same, a class for every pixel", task="semantic", **DFORMER | SHAPES | dict(scale_jitter=(1.0, 1.5))),
+    "dformer_coco_instance_r50_50ep": dict(about="paper: mask AP 42.6", released="dformer", **DFORMER),
+    "dformer_coco_instance_swint_50ep": dict(about="paper: mask AP 44.4", released="dformer", backbone="swin_t", **DFORMER),
+    "dformer_coco_panoptic_r50_50ep": dict(about="paper: PQ 51.1", released="dformer", task="panoptic", **DFORMER),
+    "dformer_ade20k_semantic_r50": dict(about="paper: mIoU 46.7", released="dformer", lr_schedule="poly", **DFORMER | ADE20K | dict(total_batch=16)),
 }
 
 
