@@ -11,6 +11,7 @@ As DINO (arXiv 2203.03605), except
 - the queries come from encoder tokens that already predict class, box and mask, and their anchors from those masks (section 3.5);
 - denoising, matching and losses know masks, too (section 3.6).
 Where the released code and the paper disagree, a comment says so; we follow the code where its checkpoints depend on it.
+Mask2Former and DFormer (mask2former.py, dformer.py) are told as differences from this file, and share what is here.
 
 Notation, here and in every other file
     B batch, Q queries, T denoising queries, G denoising groups, K classes, N objects (in the batch's fullest image)
