@@ -158,6 +158,8 @@ class Config:
         for name, kind in typing.get_type_hints(Config).items():
             if typing.get_origin(kind) is Literal and getattr(self, name) not in typing.get_args(kind):
                 raise ConfigError(f"--{name}={getattr(self, name)}: choose one of {', '.join(typing.get_args(kind))}")
+            if typing.get_origin(kind) is tuple:
+                object.__setattr__(self, name, tuple(getattr(self, name)))              # JSON has lists
         ladder = [2 ** i for i in range(2, 2 + len(self.levels) + 1)]
         if not self.levels or list(self.levels) not in (ladder[:-1], ladder[1:]):
             raise ConfigError(f"--levels={self.levels}: strides from 4 or 8 on, each twice the one before, as in 8,16,32")
@@ -240,7 +242,7 @@ PRESETS: dict[str, dict] = {
         about="paper: mIoU 80.0 (Table 6)", released="cityscapes_79.8miou", class_loss="ce", two_stage=False, levels=(8, 16, 32), enc_ffn=1024,
         queries=100, box_init="token", smallest_proposal="fine", lr_drops=(80_000, 87_000), **CITYSCAPES),
     "mask2former_shapes": dict(about="Mask2Former on generated shapes, a model of the same size", **MASK2FORMER | SHAPES),
-    "mask2former_shapes_panoptic": dict(about="the same with its ground as stuff", task="panoptic", **MASK2FORMER | SHAPES),
+    "mask2former_shapes_panoptic": dict(about="the same with its ground as stuff", **MASK2FORMER | SHAPES | dict(task="panoptic", queries=100)),
     "mask2former_shapes_semantic": dict(about="the same, a class for every pixel", task="semantic", **MASK2FORMER | SHAPES | dict(scale_jitter=(1.0, 1.5))),
     "mask2former_coco_instance_r50_50ep": dict(about="paper: mask AP 43.7", released="model_final", **MASK2FORMER),
     "mask2former_coco_instance_swint_50ep": dict(about="paper: mask AP 45.0", released="model_final", backbone="swin_t", **MASK2FORMER),
@@ -251,7 +253,7 @@ PRESETS: dict[str, dict] = {
     "mask2former_cityscapes_semantic_r50": dict(about="paper: mIoU 79.0 (Mask DINO, Table 6)", released="model_final", lr_schedule="poly",
                                                 **MASK2FORMER | CITYSCAPES),
     "dformer_shapes": dict(about="DFormer on generated shapes, a model of the same size", **DFORMER | SHAPES),
-    "dformer_shapes_panoptic": dict(about="the same with its ground as stuff", task="panoptic", **DFORMER | SHAPES),
+    "dformer_shapes_panoptic": dict(about="the same with its ground as stuff", **DFORMER | SHAPES | dict(task="panoptic", queries=100)),
     "dformer_shapes_semantic": dict(about="the same, a class for every pixel", task="semantic", **DFORMER | SHAPES | dict(scale_jitter=(1.0, 1.5))),
     "dformer_coco_instance_r50_50ep": dict(about="paper: mask AP 42.6", released="dformer", **DFORMER),
     "dformer_coco_instance_swint_50ep": dict(about="paper: mask AP 44.4", released="dformer", backbone="swin_t", **DFORMER),

@@ -512,6 +512,11 @@ def test_settings_that_do_not_go_together(change, message):
         tiny(**change)
 
 
+def test_configuration_through_json():
+    for config in (tiny(attention_strides=(8,)), Config()):
+        assert Config(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
 def test_mask_dino_does_not_know_them():
     for change in ({"masked_attention": False}, {"content_queries": "zero"}, {"detection_head": False}, {"attention_strides": (8,)}):
         with pytest.raises(ConfigError, match="model=maskdino does not know --" + next(iter(change))):
