@@ -1,4 +1,4 @@
-"""Matching and losses of Mask DINO (arXiv 2206.02777, section 3.6 and appendix B.1): what a model says, held against the truth.
+"""Matching and losses of Mask DINO (arXiv 2206.02777, section 3.6 and appendix B.1) and its siblings: what a model says, held against the truth.
 
 A prediction carries mask embeddings instead of masks. Costs sample the pixel embedding map at random points, losses make the maps of matched
 queries alone: full masks of all queries, which are most of the work elsewhere, are never made. Notation as in maskdino.py.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
-WEIGHTS = {"class": 4.0, "l1": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}      # of costs and losses alike (appendix B.1)
+WEIGHTS = {"class": 4.0, "l1": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}      # of costs and losses alike (appendix B.1); class: Config.class_weight
 
 # Sampled logits made at once, in the matcher and in the losses (one set's at least): temporaries stay small enough for caches and for memory that is
 # used again. Everything at once needs gigabytes, which an operating system hands out more slowly than they are computed.
@@ -25,7 +25,7 @@ POINTS_AT_ONCE = 2 ** 22
 class Prediction(NamedTuple):
     """What one place of the model says about every query."""
     logits: Tensor                  # (B, Q, K); with class_loss=ce K + 1, the last for no object
-    boxes: Tensor                   # (B, Q, 4)
+    boxes: Tensor | None            # (B, Q, 4); None without a detection head
     embeddings: Tensor | None       # (B, Q, C): mask logits = embeddings times the pixel embedding map; None when the task has no masks
 
 
@@ -77,6 +77,16 @@ def sample_masks(masks: Tensor, points: Tensor) -> Tensor:
     return torch.cat(samples) if samples else points.new_zeros(points.shape[:2])
 
 
+def cell_centres(shapes: list[tuple[int, int]], like: Tensor) -> Tensor:
+    """(S, 2): (x, y) of every token's cell in 0..1 of its map."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    rows = []
+    for h, w in shapes:
+        y, x = ((torch.arange(n, device=like.device, dtype=dtype) + 0.5) / n for n in (h, w))
+        rows.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).flatten(0, 1))
+    return torch.cat(rows)
+
+
 def move_points(points: Tensor, ignore: Tensor) -> Tensor:
     """Points (..., P, 2) of an image, those that touch an ignored pixel moved onto others that do not, in turn. ignore (H, W) bool.
 
@@ -92,13 +102,14 @@ def uncertain_points(maps: Tensor, candidates: Tensor, extra: Tensor) -> Tensor:
     """PointRend's importance sampling (arXiv 1912.08193): of the candidates those whose logits are nearest to 0, and random ones.
 
     maps (R, n, h, w) logits, candidates (R, m, 3P, 2), extra (R, m, P / 4, 2) -> (R, n, P, 2). m = n, or m = 1: maps share their set's draws, which
-    costs a third, as every map is sampled at the same places; every map still chooses for itself. The choice carries no gradient.
+    costs a third, as every map is sampled at the same places; every map still chooses for itself. The choice carries no gradient. No candidates (and any
+    number of others): all the others.
     """
     R, m, count, _ = candidates.shape
     n = maps.shape[1]
     with torch.no_grad():
         uncertainty = point_sample(maps.view(R * m, n // m, *maps.shape[2:]), candidates.flatten(0, 1)).view(R, n, count).abs_()
-        chosen = uncertainty.topk(count // 3 - extra.shape[2], largest=False, sorted=False).indices
+        chosen = uncertainty.topk(max(count // 3 - extra.shape[2], 0), largest=False, sorted=False).indices
         chosen = candidates.expand(-1, n, -1, -1).gather(2, chosen[..., None].expand(-1, -1, -1, 2))
         return torch.cat([chosen, extra.expand(-1, n, -1, -1)], 2)
 
@@ -113,19 +124,23 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
     return inter / (union + 1e-6) - (hull - union) / (hull + 1e-6)
 
 
-def matching_cost(sets: Prediction, pixels: Tensor, truth: Truth, points: Tensor | None, parts: Sequence[str]) -> dict[str, Tensor]:
+def class_costs(logits: Tensor, kind: str) -> Tensor:
+    """What it costs a query to be of each class: logits (..., K or K + 1) -> the same shape. kind: Config.class_cost."""
+    if kind == "probability":
+        return -logits.softmax(-1)
+    p, alpha, gamma = logits.sigmoid(), 0.25, 2
+    return alpha * (1 - p) ** gamma * -(p + 1e-8).log() - (1 - alpha) * p ** gamma * -(1 - p + 1e-8).log()
+
+
+def matching_cost(sets: Prediction, pixels: Tensor, truth: Truth, points: Tensor | None, parts: Sequence[str], class_cost: str = "focal") -> dict[str, Tensor]:
     """Unweighted cost terms (section 3.6), each (R, B, Q, N), for stacked prediction sets (R, B, Q, ...).
 
     points (1 or R, B, P, 2): where masks are compared, shared by all masks of an image. A mask logit is a dot product with the pixel embedding and
     sampling is linear, so the embedding is sampled once per image and no query's full mask is ever made.
     """
-    cost = {}
-    p = sets.logits.sigmoid()
-    alpha, gamma = 0.25, 2
-    focal = alpha * (1 - p) ** gamma * -(p + 1e-8).log() - (1 - alpha) * p ** gamma * -(1 - p + 1e-8).log()
-    R, B, Q, _ = p.shape
+    R, B, Q, _ = sets.logits.shape
     N = truth.labels.shape[1]
-    cost["class"] = focal.gather(-1, truth.labels[None, :, None].expand(R, B, Q, N))
+    cost = {"class": class_costs(sets.logits, class_cost).gather(-1, truth.labels[None, :, None].expand(R, B, Q, N))}
     if "l1" in parts:
         cost["l1"] = (sets.boxes[..., :, None, :] - truth.boxes[None, :, None]).abs().sum(-1)
         cost["giou"] = -giou(box_convert(sets.boxes, "cxcywh", "xyxy")[..., :, None, :], box_convert(truth.boxes, "cxcywh", "xyxy")[None, :, None])
@@ -169,7 +184,7 @@ def assign(cost: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
 
 # ---------------------------------------------------------------------------------------------------------------- losses
 class Criterion(nn.Module):
-    """Hybrid matching and the losses of every prediction set: focal class, L1 and GIoU box, point-sampled BCE and dice mask.
+    """Matching and the losses of every prediction set: class, L1 and GIoU of boxes where the model predicts some, BCE and dice of masks.
 
     All parts are divided by the number of objects (times groups for denoising) and weigh the same in every set. config: a maskdino.Config.
     is_thing: of each class; stuff of panoptic models has no box loss (decoupled boxes, section 3.6).
@@ -179,8 +194,9 @@ class Criterion(nn.Module):
         super().__init__()
         self.config = config
         self.boxed = torch.tensor(is_thing) if is_thing and config.task == "panoptic" and config.decoupled_boxes else None
-        self.weights = {k: w for k, w in WEIGHTS.items() if config.masks or k not in ("mask", "dice")}
-        if not config.box_loss:
+        absent = ("mask", "dice") * (not config.masks) + ("l1", "giou") * (not config.detection_head)
+        self.weights = {k: w for k, w in WEIGHTS.items() if k not in absent} | {"class": config.class_weight}
+        if config.detection_head and not config.box_loss:
             self.weights |= {"l1": 0.0, "giou": 0.0}            # still computed, so that the box head stays in the graph
         kinds = {"class": "hybrid box mask", "l1": "hybrid box", "giou": "hybrid box", "mask": "hybrid mask", "dice": "hybrid mask"}
         self.cost_parts = [k for k, uses in kinds.items() if config.matching in uses.split() and self.weights.get(k)]
@@ -198,11 +214,11 @@ class Criterion(nn.Module):
             truth = Truth.of(targets, self.config.masks, self.boxed)
             num = float(max(sum(truth.counts), 1)) if num_objects is None else num_objects
             generators = [generator(t, 1, device) for t in targets]
-            points = points or {"match": self.draw_match_points(generators, device)}
+            points = points or {"match": self.match_points(pixels, generators, device)}
             sets = stack(output.sets)
             with torch.no_grad():
-                cost = matching_cost(sets, pixels, truth, points["match"], self.cost_parts)
-                query, found = assign(sum(WEIGHTS[k] * cost[k] for k in self.cost_parts), truth.counts)
+                cost = matching_cost(sets, pixels, truth, points["match"], self.cost_parts, self.config.class_cost)
+                query, found = assign(sum(self.weights[k] * cost[k] for k in self.cost_parts), truth.counts)
             losses = self.losses_of(sets, pixels, truth, query, found, 1, num, points.get("sets"), generators)
             losses = {f"{name}/{part}": loss[r] for part, loss in losses.items() for r, name in enumerate(output.sets)}
             if output.denoising:
@@ -215,7 +231,10 @@ class Criterion(nn.Module):
             total = sum(self.weights[name.rpartition("/")[2]] * loss for name, loss in losses.items())
         return total, losses
 
-    def draw_match_points(self, generators: list[torch.Generator], device: torch.device) -> Tensor:
+    def match_points(self, pixels: Tensor | None, generators: list[torch.Generator], device: torch.device) -> Tensor:
+        """Where masks are compared, (1, B, P, 2): random points, or the centres of all cells of the pixel embedding map."""
+        if self.config.matching_on == "masks":
+            return cell_centres([pixels.shape[-2:]], pixels).expand(1, len(pixels), -1, -1)
         return torch.stack([torch.rand((self.config.mask_points, 2), generator=g, device=device) for g in generators])[None]
 
     def losses_of(self, sets: Prediction, pixels: Tensor, truth: Truth, query: Tensor, found: Tensor, groups: int, num: float,
@@ -229,11 +248,12 @@ class Criterion(nn.Module):
             losses = {"class": sigmoid_focal_loss(sets.logits, wanted, alpha=0.25, gamma=2).flatten(1).sum(1) / num}
         else:
             losses = {"class": cross_entropy(sets.logits, wanted)}
-        own = sets.boxes[r, b, query]                                                                       # (R, B, G * N, 4)
-        overlap = giou(box_convert(own, "cxcywh", "xyxy"), box_convert(boxes, "cxcywh", "xyxy"))
-        counts = found & truth.boxed.repeat(1, groups)                                                      # yet divided by all objects
-        losses["l1"] = ((own - boxes).abs().sum(-1) * counts).sum((1, 2)) / num
-        losses["giou"] = ((1 - overlap) * counts).sum((1, 2)) / num
+        if sets.boxes is not None:
+            own = sets.boxes[r, b, query]                                                                   # (R, B, G * N, 4)
+            overlap = giou(box_convert(own, "cxcywh", "xyxy"), box_convert(boxes, "cxcywh", "xyxy"))
+            counts = found & truth.boxed.repeat(1, groups)                                                  # yet divided by all objects
+            losses["l1"] = ((own - boxes).abs().sum(-1) * counts).sum((1, 2)) / num
+            losses["giou"] = ((1 - overlap) * counts).sum((1, 2)) / num
         if truth.masks is not None:
             own = sets.embeddings[r, b, query].unflatten(2, (groups, -1))                                   # (R, B, G, N, C)
             parts = [self.mask_losses(own[:, i, :, :n].flatten(1, 2), pixels[i], truth.masks[i], truth.ignore[i],
@@ -252,11 +272,13 @@ class Criterion(nn.Module):
         if n == 0:
             nothing = embeddings.sum(-1) + 0 * pixels.sum()                                                 # (R, 0), yet in the graph
             return nothing, nothing
-        if draws is None:
+        if draws is None and self.config.loss_on == "masks":
+            draws = pixels.new_zeros(R, 1, 0, 2), cell_centres([pixels.shape[-2:]], pixels).expand(R, 1, -1, -1)       # none to choose from: all cells
+        elif draws is None:
             draws = [torch.rand((R, 1, count, 2), generator=g, device=pixels.device).to(pixels) for count in (3 * P, P - int(0.75 * P))]
         if ignore is not None:
             draws = [move_points(d, ignore) for d in draws]
-        at_once = max(1, POINTS_AT_ONCE // (3 * P * total))
+        at_once = max(1, POINTS_AT_ONCE // (sum(d.shape[2] for d in draws) * total))
         parts = [point_losses(torch.einsum("rqc,chw->rqhw", e, pixels), masks, uncertain, extra)                        # only the matched rows' masks
                  for e, uncertain, extra in zip(*(v.split(at_once) for v in (embeddings, *draws)), strict=True)]
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))

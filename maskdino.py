@@ -11,6 +11,7 @@ As DINO (arXiv 2203.03605), except
 - the queries come from encoder tokens that already predict class, box and mask, and their anchors from those masks (section 3.5);
 - denoising, matching and losses know masks, too (section 3.6).
 Where the released code and the paper disagree, a comment says so; we follow the code where its checkpoints depend on it.
+Mask2Former and DFormer (mask2former.py, dformer.py) are told as differences from this file, and share what is here.
 
 Notation, here and in every other file
     B batch, Q queries, T denoising queries, G denoising groups, K classes, N objects (in the batch's fullest image)
@@ -21,6 +22,7 @@ Notation, here and in every other file
 """
 import dataclasses
 import difflib
+import importlib
 import json
 import math
 import os
@@ -28,12 +30,13 @@ import pickle
 import re
 import sys
 import typing
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, NamedTuple
 from urllib.error import URLError
 
@@ -52,7 +55,7 @@ from torchvision.ops import FrozenBatchNorm2d, box_convert
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from kernels import ms_deform_attn
-from losses import Output, Prediction, generator
+from losses import Output, Prediction, cell_centres, generator
 
 CLASS_LISTS = Path(__file__).parent / "assets" / "classes.json"        # of the data sets that models were released for
 
@@ -66,7 +69,7 @@ class ConfigError(ValueError):
 class Config:
     """Everything that defines a run: model, data and schedule. The defaults are Mask DINO R50, 50 epochs, as released."""
     # model
-    model: Literal["maskdino"] = "maskdino"
+    model: Literal["maskdino", "mask2former", "dformer"] = "maskdino"
     task: Literal["detection", "instance", "panoptic", "semantic"] = "instance"     # detection: no masks anywhere (Table 11, "box only")
     backbone: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "swin_t", "swin_s", "swin_b", "swin_l"] = "resnet50"
     backbone_norm: Literal["frozen", "batch", "group"] = "frozen"    # of ResNets; frozen only makes sense with trained weights
@@ -82,11 +85,14 @@ class Config:
     dec_ffn: int = 2048
     queries: int = 300
     two_stage: bool = True                                           # queries selected from encoder tokens; else learned
-    content_queries: Literal["selected", "learned"] = "selected"     # unified query selection (Table 15)
+    # Unified query selection (Table 15); zero: only positions are learned; pooled: from the pixels inside noisy masks (DFormer).
+    content_queries: Literal["selected", "learned", "zero", "pooled"] = "selected"
     box_init: Literal["token", "mask2box", "bitmask"] = "mask2box"   # anchors from the token, or from its mask (Table 9)
     smallest_proposal: Literal["coarse", "fine"] = "coarse"          # which level's proposals are 0.05 wide; doubles level by level
     initial_prediction: bool = True                                  # predict before the first decoder layer, too
     class_loss: Literal["focal", "ce"] = "focal"                     # ce: cross-entropy with a no-object class
+    class_cost: Literal["focal", "probability"] = "focal"            # in the matching; probability: with ce
+    class_weight: float = 4.0                                        # of cost and loss
     denoising: Literal["mask", "box", "none"] = "mask"               # unified denoising (Table 15)
     denoising_queries: int = 100
     label_noise: float = 0.2                                         # appendix B.2
@@ -95,6 +101,17 @@ class Config:
     box_loss: bool = True                                            # False: Table 11, "mask only"
     decoupled_boxes: bool = True                                     # panoptic: stuff has no boxes in losses and matching (Table 14)
     mask_points: int = 12544                                         # points per mask in matching and losses
+    matching_on: Literal["points", "masks"] = "points"               # masks: every cell of them (Mask2Former, Table 5)
+    loss_on: Literal["points", "masks"] = "points"
+    detection_head: bool = True                                      # predict boxes; without, an instance's box is its mask's (Table 1)
+    masked_attention: bool = True                                    # Mask2Former (Table 4a): a query looks inside its last mask only
+    self_attention_first: bool = False                               # Mask2Former (Table 4b): else each layer starts with cross-attention
+    attention_strides: tuple[int, ...] = ()                          # Mask2Former (Table 4d): levels that its decoder sees; () = all
+    round_robin: bool = True                                         # Mask2Former (Table 4d): one of them a layer, coarse to fine; else all in each
+    noise_scale: float = 0.1                                         # DFormer: masks are -b and b before noise of variance 1 comes
+    mask_encoding: Literal["binary", "shuffled"] = "binary"          # DFormer; shuffled: random grey values, brighter inside an object
+    sampling_steps: int = 1                                          # DFormer, at inference
+    sampling_eta: float = 1.0                                        # DFormer: 0 = no fresh noise between steps (DDIM)
     detections: int = 100                                            # instances kept per image at inference
     object_threshold: float = 0.25                                   # panoptic: queries below it are not drawn
     overlap_threshold: float = 0.8                                   # panoptic: nor those of whose mask less is left over
@@ -119,7 +136,7 @@ class Config:
     max_steps: int = 0                                               # stop early, schedule untouched; 0 = run to the end
     lr: float = 1e-4
     backbone_lr: float = 0.1                                         # times lr
-    lr_schedule: Literal["step", "cosine"] = "step"
+    lr_schedule: Literal["step", "cosine", "poly"] = "step"
     lr_drops: tuple[int, ...] = (327_778, 355_092)                   # the paper says 0.9 and 0.95 of the run, the released configuration this
     warmup: int = 0                                                  # released: 10 iterations at factor 1, that is none
     weight_decay: float = 0.05
@@ -142,17 +159,28 @@ class Config:
         for name, kind in typing.get_type_hints(Config).items():
             if typing.get_origin(kind) is Literal and getattr(self, name) not in typing.get_args(kind):
                 raise ConfigError(f"--{name}={getattr(self, name)}: choose one of {', '.join(typing.get_args(kind))}")
+            if typing.get_origin(kind) is tuple:
+                object.__setattr__(self, name, tuple(getattr(self, name)))              # JSON has lists
         ladder = [2 ** i for i in range(2, 2 + len(self.levels) + 1)]
         if not self.levels or list(self.levels) not in (ladder[:-1], ladder[1:]):
             raise ConfigError(f"--levels={self.levels}: strides from 4 or 8 on, each twice the one before, as in 8,16,32")
         if not 0 <= self.decoder_levels <= len(self.levels):
             raise ConfigError(f"--decoder_levels={self.decoder_levels}: there are {len(self.levels)} levels")
+        if list(self.attention_strides) != [stride for stride in self.levels if stride in self.attention_strides]:
+            raise ConfigError(f"--attention_strides={self.attention_strides}: some of --levels={self.levels}, in that order")
         if self.hidden % 32 or self.hidden % self.heads:
             raise ConfigError(f"--hidden={self.hidden}: must be a multiple of 32 (group norm) and of --heads={self.heads}")
         if self.backbone.startswith("swin") and (32 not in self.levels or not self.masks and 4 not in self.levels):
             raise ConfigError(f"--backbone={self.backbone} needs all its four maps: --levels=4,8,16,32")        # unused ones would get no gradient
-        if self.task == "panoptic" and self.class_loss == "ce":
-            raise ConfigError("--task=panoptic goes with --class_loss=focal: its thresholds are for independent class probabilities")
+        if wrong := misfit(self, file_of(self.model).SUPPORTED):
+            raise ConfigError(f"--model={self.model} does not know {wrong}")
+        if self.class_cost == "probability" and self.class_loss != "ce":
+            raise ConfigError("--class_cost=probability goes with --class_loss=ce: it is a share of 1")
+        if self.content_queries == "zero" and self.initial_prediction:
+            raise ConfigError("--content_queries=zero have nothing to predict from: add --initial_prediction=false")
+        if self.task == "panoptic" and self.class_loss == "ce" and self.temperature:
+            raise ConfigError("--task=panoptic goes with --class_loss=focal, or with --temperature=0 --object_threshold=0.8: its thresholds are for "
+                              "independent class probabilities")
         if not self.masks and (self.box_init != "token" or self.denoising == "mask" or self.matching != "box"):
             raise ConfigError("--task=detection has no masks: add --box_init=token --denoising=box --matching=box")
 
@@ -160,13 +188,24 @@ class Config:
 # What decides the tensors of a checkpoint and what they mean; the rest of Config may differ between training and use.
 ARCHITECTURE = ("model", "task", "backbone", "backbone_norm", "levels", "decoder_levels", "hidden", "heads", "attention_points", "enc_layers", "enc_ffn",
                 "dec_layers", "dec_ffn", "queries", "two_stage", "content_queries", "box_init", "smallest_proposal", "initial_prediction", "class_loss",
-                "denoising")
+                "denoising", "detection_head", "masked_attention", "self_attention_first", "attention_strides", "round_robin", "noise_scale", "mask_encoding")
+# What Mask DINO knows of fields that are not for every model; its siblings have such a table in their files.
+SUPPORTED = dict(content_queries=("selected", "learned"), detection_head=(True,), masked_attention=(True,), self_attention_first=(False,),
+                 attention_strides=((),), round_robin=(True,))
 
 SHAPES = dict(
     backbone="resnet18", backbone_norm="group", backbone_weights="none", levels=(8, 16), hidden=96, heads=6, enc_layers=1, enc_ffn=512, dec_layers=3,
     dec_ffn=512, queries=30, denoising_queries=30, mask_points=256, image_size=128, scale_jitter=(1.0, 1.0), test_short=128, test_long=128,
     keep_empty=True, workers=0, total_batch=4, iterations=3500, lr=8e-4, backbone_lr=1.0, lr_schedule="cosine", warmup=200, clip=0.1,
     checkpoint_every=1000, evaluate_every=2)
+
+MASK2FORMER = dict(
+    model="mask2former", levels=(8, 16, 32), enc_ffn=1024, queries=100, two_stage=False, content_queries="learned", box_init="token", smallest_proposal="fine",
+    denoising="none", class_loss="ce", class_cost="probability", class_weight=2.0, detection_head=False, object_threshold=0.8, temperature=0.0)
+DFORMER = MASK2FORMER | dict(model="dformer", content_queries="pooled", initial_prediction=False, total_batch=12, iterations=491_666,
+                             lr_drops=(437_037, 473_456))
+ADE20K = dict(task="semantic", image_size=512, scale_jitter=(0.5, 2.0), test_short=512, test_long=2048, iterations=160_000)
+CITYSCAPES = dict(task="semantic", backbone_norm="batch", crop_height=512, scale_jitter=(0.5, 2.0), test_short=1024, test_long=2048, iterations=90_000)
 
 # One row a preset: overrides of Config and, under "about", what the row claims; under "released", what is in the name of its official checkpoint.
 PRESETS: dict[str, dict] = {
@@ -198,13 +237,29 @@ PRESETS: dict[str, dict] = {
     "coco_panoptic_swinl_50ep": dict(about="paper: PQ 58.3 (Table 4)", released="panoptic_58.3pq", task="panoptic", backbone="swin_l",
                                      levels=(4, 8, 16, 32, 64), box_init="token"),
     "ade20k_semantic_r50": dict(
-        about="paper: mIoU 48.7 (Table 5)", released="ade20k_48.7miou", task="semantic", class_loss="ce", two_stage=False, levels=(8, 16, 32), enc_ffn=1024,
-        queries=100, box_init="token", smallest_proposal="fine", image_size=512, scale_jitter=(0.5, 2.0), test_short=512, test_long=2048, iterations=160_000,
-        lr_drops=(135_000, 150_000)),
+        about="paper: mIoU 48.7 (Table 5)", released="ade20k_48.7miou", class_loss="ce", two_stage=False, levels=(8, 16, 32), enc_ffn=1024,
+        queries=100, box_init="token", smallest_proposal="fine", lr_drops=(135_000, 150_000), **ADE20K),
     "cityscapes_semantic_r50": dict(
-        about="paper: mIoU 80.0 (Table 6)", released="cityscapes_79.8miou", task="semantic", class_loss="ce", two_stage=False, levels=(8, 16, 32), enc_ffn=1024,
-        queries=100, box_init="token", smallest_proposal="fine", backbone_norm="batch", crop_height=512, scale_jitter=(0.5, 2.0),
-        test_short=1024, test_long=2048, iterations=90_000, lr_drops=(80_000, 87_000)),
+        about="paper: mIoU 80.0 (Table 6)", released="cityscapes_79.8miou", class_loss="ce", two_stage=False, levels=(8, 16, 32), enc_ffn=1024,
+        queries=100, box_init="token", smallest_proposal="fine", lr_drops=(80_000, 87_000), **CITYSCAPES),
+    "mask2former_shapes": dict(about="Mask2Former on generated shapes, a model of the same size", **MASK2FORMER | SHAPES),
+    "mask2former_shapes_panoptic": dict(about="the same with its ground as stuff", **MASK2FORMER | SHAPES | dict(task="panoptic", queries=100)),
+    "mask2former_shapes_semantic": dict(about="the same, a class for every pixel", task="semantic", **MASK2FORMER | SHAPES | dict(scale_jitter=(1.0, 1.5))),
+    "mask2former_coco_instance_r50_50ep": dict(about="paper: mask AP 43.7", released="model_final", **MASK2FORMER),
+    "mask2former_coco_instance_swint_50ep": dict(about="paper: mask AP 45.0", released="model_final", backbone="swin_t", **MASK2FORMER),
+    "mask2former_coco_instance_swinl_100ep": dict(about="paper: mask AP 50.1", released="model_final", backbone="swin_l", iterations=737_500,
+                                                  lr_drops=(655_556, 710_184), **MASK2FORMER | dict(queries=200)),
+    "mask2former_coco_panoptic_r50_50ep": dict(about="paper: PQ 51.9", released="model_final", task="panoptic", **MASK2FORMER),
+    "mask2former_ade20k_semantic_r50": dict(about="paper: mIoU 47.2", released="model_final", lr_schedule="poly", **MASK2FORMER | ADE20K),
+    "mask2former_cityscapes_semantic_r50": dict(about="paper: mIoU 79.0 (Mask DINO, Table 6)", released="model_final", lr_schedule="poly",
+                                                **MASK2FORMER | CITYSCAPES),
+    "dformer_shapes": dict(about="DFormer on generated shapes, a model of the same size", **DFORMER | SHAPES),
+    "dformer_shapes_panoptic": dict(about="the same with its ground as stuff", **DFORMER | SHAPES | dict(task="panoptic", queries=100)),
+    "dformer_shapes_semantic": dict(about="the same, a class for every pixel", task="semantic", **DFORMER | SHAPES | dict(scale_jitter=(1.0, 1.5))),
+    "dformer_coco_instance_r50_50ep": dict(about="paper: mask AP 42.6", released="dformer", **DFORMER),
+    "dformer_coco_instance_swint_50ep": dict(about="paper: mask AP 44.4", released="dformer", backbone="swin_t", **DFORMER),
+    "dformer_coco_panoptic_r50_50ep": dict(about="paper: PQ 51.1", released="dformer", task="panoptic", **DFORMER),
+    "dformer_ade20k_semantic_r50": dict(about="paper: mIoU 46.7", released="dformer", lr_schedule="poly", **DFORMER | ADE20K | dict(total_batch=16)),
 }
 
 
@@ -214,6 +269,12 @@ def preset(name: str, **overrides) -> Config:
         raise ConfigError(f"there is no preset '{name}'{nearest(name, PRESETS)}; `python train.py --list` shows them all")
     row = {key: value for key, value in PRESETS[name].items() if key not in ("about", "released")}
     return Config(**row | overrides)
+
+
+def misfit(config: Config, allowed: dict[str, tuple]) -> str:
+    """The first field that has none of the allowed values, and those; or nothing."""
+    return next((f"--{name}={getattr(config, name)}, only {' or '.join(map(str, values))}" for name, values in allowed.items()
+                 if getattr(config, name) not in values), "")
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -256,6 +317,15 @@ def parse_overrides(argv: Sequence[str], actions: dict[str, type]) -> tuple[list
     return words, done, overrides
 
 
+def file_of(model: str) -> ModuleType:
+    """The file of a model by its name (Config.model): the one place where that name decides.
+
+    Beside the class itself, MODEL, it has what only it knows: of fields (SUPPORTED), of the released format (RELEASABLE, BUFFERS, `names_of` tensors,
+    `facts_of` a checkpoint), and its `rooms` in the tour.
+    """
+    return importlib.import_module(model)                               # not earlier: siblings import this file
+
+
 def through(module: nn.Module, again: bool, *arguments: object) -> object:
     """module(*arguments); with `again` nothing inside is kept for the backward, which computes it again (activation checkpointing)."""
     return checkpoint(module, *arguments, use_reentrant=False) if again and torch.is_grad_enabled() else module(*arguments)
@@ -292,10 +362,10 @@ class ResNet(nn.Module):
 
 
 SWINS = {                                                               # torchvision's, and the large one of the released models
-    "swin_t": dict(width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), window=7, stochastic_depth=0.2),
-    "swin_s": dict(width=96, depths=(2, 2, 18, 2), heads=(3, 6, 12, 24), window=7, stochastic_depth=0.3),
-    "swin_b": dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=7, stochastic_depth=0.5),
-    "swin_l": dict(width=192, depths=(2, 2, 18, 2), heads=(6, 12, 24, 48), window=12, stochastic_depth=0.3),
+    "swin_t": dict(width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), window=7),
+    "swin_s": dict(width=96, depths=(2, 2, 18, 2), heads=(3, 6, 12, 24), window=7),
+    "swin_b": dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=7),
+    "swin_l": dict(width=192, depths=(2, 2, 18, 2), heads=(6, 12, 24, 48), window=12),
 }
 
 
@@ -337,7 +407,7 @@ class Swin(nn.Module):
     Any size will do; what is missing to whole cells and windows is padded with zeros, so sizes are rounded up.
     """
 
-    def __init__(self, width: int, depths: Sequence[int], heads: Sequence[int], window: int, stochastic_depth: float, again: bool = False) -> None:
+    def __init__(self, width: int, depths: Sequence[int], heads: Sequence[int], window: int, stochastic_depth: float = 0.3, again: bool = False) -> None:
         super().__init__()
         self.again = again
         block = partial(SwinTransformerBlock, attn_layer=WindowAttention)
@@ -401,16 +471,6 @@ def position_encoding(h: int, w: int, channels: int, like: Tensor) -> Tensor:
     y, x = (torch.arange(1, n + 1, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32)) / (n + 1e-6) for n in (h, w))
     y, x = sine_embedding(y, channels // 2), sine_embedding(x, channels // 2)
     return torch.cat([y[:, None].expand(h, w, -1), x[None].expand(h, w, -1)], -1).flatten(0, 1)
-
-
-def cell_centres(shapes: list[tuple[int, int]], like: Tensor) -> Tensor:
-    """(S, 2): (x, y) of every token's cell in 0..1 of its map."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    rows = []
-    for h, w in shapes:
-        y, x = ((torch.arange(n, device=like.device, dtype=dtype) + 0.5) / n for n in (h, w))
-        rows.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).flatten(0, 1))
-    return torch.cat(rows)
 
 
 def inverse_sigmoid(x: Tensor) -> Tensor:
@@ -547,22 +607,28 @@ class PixelDecoder(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------- heads
 class Heads(nn.Module):
-    """Class, box and mask head: one set of weights for encoder tokens, the initial prediction and every decoder layer."""
+    """Class, box and mask head: one set of weights for encoder tokens, the initial prediction and every decoder layer.
+
+    x (B, Q, C), and boxes (B, Q, 4) of those who refine anchors; else the box head, if there is one, predicts them from nothing.
+    """
 
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__()
         C = config.hidden
         self.norm = nn.LayerNorm(C)
         self.class_head = nn.Linear(C, num_classes + (config.class_loss == "ce"))               # the last column of a ce head: no object
-        self.box_head = MLP(C, C, C, 4)
+        self.box_head = MLP(C, C, C, 4) if config.detection_head else None
         self.mask_head = MLP(C, C, C, C) if config.masks else None
         if config.class_loss == "focal":
             nn.init.constant_(self.class_head.bias, -math.log(99))  # focal prior 0.01; the released code has none and starts at a loss of 25,000
-        nn.init.zeros_(self.box_head[-1].weight)
-        nn.init.zeros_(self.box_head[-1].bias)
+        if self.box_head:
+            nn.init.zeros_(self.box_head[-1].weight)
+            nn.init.zeros_(self.box_head[-1].bias)
 
-    def forward(self, x: Tensor, boxes: Tensor) -> Prediction:
+    def forward(self, x: Tensor, boxes: Tensor | None = None) -> Prediction:
         x = self.norm(x)
+        if boxes is None and self.box_head:
+            boxes = self.box_head(x).sigmoid()
         return Prediction(self.class_head(x), boxes, self.mask_head(x) if self.mask_head else None)
 
 
@@ -724,8 +790,8 @@ def init_transformer(module: nn.Module) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- the model
-class MaskDINO(nn.Module):
-    """Figure 1. Images (B, 3, H, W) uint8 RGB, padded right and below to a multiple of 32, and their true sizes -> Output."""
+class Segmenter(nn.Module):
+    """What Mask DINO and its siblings share: backbone, pixel decoder, heads, what goes in and what comes out. They add a `decoder` and a `forward`."""
 
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__()
@@ -736,9 +802,6 @@ class MaskDINO(nn.Module):
         self.backbone = make_backbone(config)
         self.pixel_decoder = PixelDecoder(self.backbone.channels, config)
         self.heads = Heads(config, num_classes)
-        self.query_selection = QuerySelection(config)
-        self.decoder = Decoder(config)
-        self.label_embed = nn.Embedding(num_classes, config.hidden) if config.denoising != "none" else None
 
     def compile_regions(self) -> None:
         """torch.compile of the parts without data-dependent shapes. Dynamic: one graph serves all image sizes, one more the square ones."""
@@ -750,6 +813,46 @@ class MaskDINO(nn.Module):
         for image, (h, w) in zip(x, sizes, strict=True):                                        # padding is 0 after the normalisation
             image[:, h:], image[:, :, w:] = 0, 0
         return x.contiguous(memory_format=torch.channels_last)                                  # convolutions are faster so, on CPUs and tensor cores
+
+    def postprocess(self, output: Output, sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]], semantic: bool = False) -> list[dict]:
+        """The last prediction in pixels of the original images, for each what its task gives: the dict of `detections_of`; panoptic: of
+        `panoptic_of`, too, with things alone as detections; semantic: {"semantic": (H, W) class}. semantic=True: a panoptic model gives that as
+        well, for which every query's mask is enlarged."""
+        config, last, found = self.config, list(output.sets.values())[-1], []
+        is_thing = torch.tensor(self.classes["is_thing"] if self.classes else [True] * self.num_classes, device=last.logits.device)
+        for b, (size, original) in enumerate(zip(sizes, original_sizes, strict=True)):
+            p, frame = rows(last, b, 0), Frame(output.padded, size, original)
+            pixels = None if output.pixels is None else output.pixels[b]
+            found.append({})
+            if config.task != "semantic":
+                found[-1] |= detections_of(p, pixels, frame, config.detections, config.class_loss, is_thing if config.task == "panoptic" else None)
+            if config.task == "panoptic":
+                found[-1] |= panoptic_of(p, pixels, frame, is_thing, config.object_threshold, config.overlap_threshold, config.temperature, config.class_loss)
+            if config.task == "semantic" or config.task == "panoptic" and semantic:
+                found[-1]["semantic"] = semantic_labels(p, pixels, frame, config.temperature, config.class_loss, resize_first=config.task == "panoptic")
+        return found
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[np.ndarray | Image.Image | str | os.PathLike], threshold: float = 0.0) -> list[dict]:
+        """Images (RGB arrays (H, W, 3) uint8, PIL images or paths) -> for each the dict of `postprocess`, detections with scores above `threshold`."""
+        results = []
+        for image in images:
+            image = Image.fromarray(image) if isinstance(image, np.ndarray) else image if isinstance(image, Image.Image) else Image.open(image)
+            x = preprocess(image.convert("RGB"), self.config.test_short, self.config.test_long)
+            size = tuple(x.shape[-2:])
+            batch = F.pad(x, (0, -size[1] % 32, 0, -size[0] % 32))[None].to(self.mean.device)
+            results.append(above(self.postprocess(self(batch, [size]), [size], [(image.height, image.width)])[0], threshold))
+        return results
+
+
+class MaskDINO(Segmenter):
+    """Figure 1. Images (B, 3, H, W) uint8 RGB, padded right and below to a multiple of 32, and their true sizes -> Output."""
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.query_selection = QuerySelection(config)
+        self.decoder = Decoder(config)
+        self.label_embed = nn.Embedding(num_classes, config.hidden) if config.denoising != "none" else None
 
     def forward(self, images: Tensor, sizes: list[tuple[int, int]], targets: list[dict] | None = None, noise: list[dict] | None = None) -> Output:
         """With targets (training) the denoising queries run along; `noise` gives their draws (see `draw_noise`)."""
@@ -782,36 +885,6 @@ class MaskDINO(nn.Module):
         sets |= {name: rows(p, slice(T, None)) for name, p in every.items()}
         noised = {name: rows(p, slice(0, T)) for name, p in every.items()} if T else {}
         return Output(tuple(images.shape[-2:]), pixels, sets, noised, denoising.groups if T else 0)
-
-    def postprocess(self, output: Output, sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]], semantic: bool = False) -> list[dict]:
-        """The last prediction in pixels of the original images, for each what its task gives: the dict of `detections_of`; panoptic: of
-        `panoptic_of`, too, with things alone as detections; semantic: {"semantic": (H, W) class}. semantic=True: a panoptic model gives that as
-        well, for which every query's mask is enlarged."""
-        config, last, found = self.config, list(output.sets.values())[-1], []
-        is_thing = torch.tensor(self.classes["is_thing"] if self.classes else [True] * self.num_classes, device=last.logits.device)
-        for b, (size, original) in enumerate(zip(sizes, original_sizes, strict=True)):
-            p, frame = rows(last, b, 0), Frame(output.padded, size, original)
-            pixels = None if output.pixels is None else output.pixels[b]
-            found.append({})
-            if config.task != "semantic":
-                found[-1] |= detections_of(p, pixels, frame, config.detections, config.class_loss, is_thing if config.task == "panoptic" else None)
-            if config.task == "panoptic":
-                found[-1] |= panoptic_of(p, pixels, frame, is_thing, config.object_threshold, config.overlap_threshold, config.temperature, config.class_loss)
-            if config.task == "semantic" or config.task == "panoptic" and semantic:
-                found[-1]["semantic"] = semantic_labels(p, pixels, frame, config.temperature, config.class_loss, resize_first=config.task == "panoptic")
-        return found
-
-    @torch.no_grad()
-    def predict(self, images: Sequence[np.ndarray | Image.Image | str | os.PathLike], threshold: float = 0.0) -> list[dict]:
-        """Images (RGB arrays (H, W, 3) uint8, PIL images or paths) -> for each the dict of `postprocess`, detections with scores above `threshold`."""
-        results = []
-        for image in images:
-            image = Image.fromarray(image) if isinstance(image, np.ndarray) else image if isinstance(image, Image.Image) else Image.open(image)
-            x = preprocess(image.convert("RGB"), self.config.test_short, self.config.test_long)
-            size = tuple(x.shape[-2:])
-            batch = F.pad(x, (0, -size[1] % 32, 0, -size[0] % 32))[None].to(self.mean.device)
-            results.append(above(self.postprocess(self(batch, [size]), [size], [(image.height, image.width)])[0], threshold))
-        return results
 
 
 def above(result: dict, threshold: float) -> dict:
@@ -868,10 +941,16 @@ def resized_masks(embeddings: Tensor, pixels: Tensor, frame: Frame) -> Iterator[
         yield resize(resize(masks, frame.padded)[:, :h, :w], frame.original)                # no name keeps the padded ones alive
 
 
+def in_pixels(boxes: Tensor, height: float, width: float) -> Tensor:
+    """Boxes (n, 4) cxcywh in 0..1 of a picture -> xyxy in its pixels."""
+    return box_convert(boxes.float(), "cxcywh", "xyxy") * torch.tensor([width, height] * 2, device=boxes.device)
+
+
 def detections_of(p: Prediction, pixels: Tensor | None, frame: Frame, count: int, class_loss: str = "focal", is_thing: Tensor | None = None) -> dict:
     """One image's instances: the best `count` of query x class (a query may appear with several classes), no threshold, no NMS.
 
-    p: logits (Q, K or K + 1), boxes (Q, 4), embeddings (Q, C). is_thing (K,) bool: of these `count`, only things stay (panoptic models).
+    p: logits (Q, K or K + 1), boxes (Q, 4) or None: an instance's box is then that of its mask, embeddings (Q, C). is_thing (K,) bool: of these
+    `count`, only things stay (panoptic models).
     Returns, best first: scores (n,), labels (n,), boxes (n, 4) xyxy in pixels of the original image, not clipped, and, unless the model has no masks,
     masks (n, H, W) bool of the original size. Score = class score times the mask's mean probability.
     """
@@ -882,8 +961,7 @@ def detections_of(p: Prediction, pixels: Tensor | None, frame: Frame, count: int
     if is_thing is not None:
         scores, query, labels = (t[is_thing[labels]] for t in (scores, query, labels))
     (H, W), (h, w), original = frame.padded, frame.size, frame.original
-    scale = torch.tensor([W * original[1] / w, H * original[0] / h] * 2, device=p.boxes.device)
-    boxes = box_convert(p.boxes[query].float(), "cxcywh", "xyxy") * scale
+    boxes = None if p.boxes is None else in_pixels(p.boxes[query], H * original[0] / h, W * original[1] / w)
     if p.embeddings is None:
         return {"scores": scores, "labels": labels, "boxes": boxes}
     unique, where = query.unique(return_inverse=True)
@@ -892,8 +970,11 @@ def detections_of(p: Prediction, pixels: Tensor | None, frame: Frame, count: int
         inside = x > 0
         masks.append(inside)
         quality.append((x.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6))
+    masks = torch.cat(masks)
+    if boxes is None:
+        boxes = in_pixels(boxes_of_masks(masks, "bitmask"), *original)[where]
     scores, order = (scores * torch.cat(quality)[where]).sort(descending=True, stable=True)
-    return {"scores": scores, "labels": labels[order], "boxes": boxes[order], "masks": torch.cat(masks)[where[order]]}
+    return {"scores": scores, "labels": labels[order], "boxes": boxes[order], "masks": masks[where[order]]}
 
 
 def panoptic_of(p: Prediction, pixels: Tensor, frame: Frame, is_thing: Tensor, object_threshold: float = 0.25, overlap_threshold: float = 0.8,
@@ -906,7 +987,7 @@ def panoptic_of(p: Prediction, pixels: Tensor, frame: Frame, is_thing: Tensor, o
     best class probability}]. temperature 0: no sharpening.
     """
     best = class_probabilities(p.logits, class_loss).amax(-1)                                   # (Q,)
-    kept = (best > object_threshold).nonzero()[:, 0]                                            # (n,)
+    kept = ((best > object_threshold) & (p.logits.argmax(-1) < len(is_thing))).nonzero()[:, 0]  # (n,), without those that say "no object"
     scores, labels = class_probabilities(p.logits[kept], class_loss, temperature).max(-1)
     winner = torch.full(frame.original, len(kept), device=kept.device)                          # (H, W) int64; n is nobody
     highest, inside = torch.full_like(winner, -1, dtype=torch.float32), torch.zeros_like(winner, dtype=torch.bool)
@@ -969,9 +1050,12 @@ def semantic_labels(p: Prediction, pixels: Tensor, frame: Frame, temperature: fl
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
-def build(config: Config, classes: dict) -> MaskDINO:
+MODEL = MaskDINO
+
+
+def build(config: Config, classes: dict) -> Segmenter:
     """A fresh model for `classes` = {"names", "category_ids", "is_thing"}."""
-    model = MaskDINO(config, len(classes["names"]))
+    model = file_of(config.model).MODEL(config, len(classes["names"]))
     model.classes = classes
     return model
 
@@ -989,13 +1073,31 @@ def save(path: str | os.PathLike, content: dict) -> None:
     os.replace(temporary, path)
 
 
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads numpy arrays and plain containers. Whatever else a pickle asks for, which may be any code, is refused."""
+    ADMITTED = {"OrderedDict": OrderedDict, "ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": np.zeros(0).__reduce__()[0],
+                "_frombuffer": np.zeros(1).__reduce_ex__(5)[0], "scalar": np.float32(0).__reduce__()[0], "encode": lambda text, _: text.encode("latin1")}
+
+    def find_class(self, module: str, name: str) -> Callable:
+        if module.split(".")[0] in ("collections", "numpy", "_codecs") and name in self.ADMITTED:
+            return self.ADMITTED[name]
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def read_pickle(path: Path) -> dict:
+    """A .pkl of detectron2, {"model": {name: array}} or the weights alone -> {"model": {name: Tensor}}."""
+    with open(path, "rb") as file:
+        content = ArrayUnpickler(file, encoding="latin1").load()
+    return {"model": {key: torch.tensor(x) for key, x in content.get("model", content).items()}}
+
+
 def read_torch_file(path: Path) -> dict:
-    """torch.load of tensors and plain containers only. Raises ConfigError for a missing file or one that is something else."""
+    """torch.load, or `read_pickle`, of tensors and plain containers only. Raises ConfigError for a missing file or one that is something else."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):     # what torch.load says of all that is not whole
+        content = read_pickle(path) if path.suffix == ".pkl" else torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, pickle.UnpicklingError):    # whatever is not whole
         raise ConfigError(f"{path} is not a file of PyTorch weights (of tensors and plain values: nothing else is read), or it is damaged") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
@@ -1045,7 +1147,8 @@ def weights_in(content: dict, path: str | os.PathLike) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
         raise ConfigError(f"{path} is no checkpoint: it should hold weights by name, or 'model', 'config' and 'classes' as train.py writes them, "
                           f"but has {', '.join(sorted(map(str, content))[:5]) or 'nothing'}")
-    return {key.removeprefix("module."): x for key, x in state.items()}                        # as DistributedDataParallel calls them
+    # "module." is DistributedDataParallel's; Mask2Former's older files have another name for one tensor.
+    return {key.removeprefix("module.").replace(".static_query.", ".query_feat."): x for key, x in state.items()}
 
 
 def read_weights(content: dict, path: str | os.PathLike, **overrides) -> tuple[dict[str, Tensor], Config, dict]:
@@ -1053,17 +1156,18 @@ def read_weights(content: dict, path: str | os.PathLike, **overrides) -> tuple[d
     if OWN <= content.keys():
         return content["ema"] or content["model"], config_in(content, path, **overrides), content["classes"]
     state, remedy = weights_in(content, path), {"DINO": "it can only be a start: python train.py PRESET --finetune=..."}
-    if (kind := family(state)) != "Mask DINO":
-        raise ConfigError(f"{path} is a checkpoint of {kind}, not of Mask DINO: {remedy.get(kind, 'it cannot be used here')}" if kind != "unknown" else
-                          f"{path} is no checkpoint of Mask DINO: its tensors have names like '{next(iter(state))}'")
+    if (kind := family(state)) not in RELEASED:
+        known = ", ".join(RELEASED)
+        raise ConfigError(f"{path} is a checkpoint of {kind}, none of {known}: {remedy.get(kind, 'it cannot be used here')}" if kind != "unknown" else
+                          f"{path} is no checkpoint of {known}: its tensors have names like '{next(iter(state))}'")
     config = official_config(state, path, **overrides)
-    classes = class_list(len(state["sem_seg_head.predictor.label_enc.weight"]))
+    classes = class_list(len(state[CLASS_HEAD]) - (config.class_loss == "ce"))
     with torch.device("meta"):                                          # names and shapes only
-        shell = MaskDINO(config, len(classes["names"]))
+        shell = build(config, classes)
     return from_official(state, shell, path), config, classes
 
 
-def load(path: str | os.PathLike, device: str | torch.device = "cpu", **overrides) -> tuple[MaskDINO, dict]:
+def load(path: str | os.PathLike, device: str | torch.device = "cpu", **overrides) -> tuple[Segmenter, dict]:
     """A checkpoint of train.py or a released one -> the model in evaluation mode and its classes.
 
     `overrides` change fields of Config that are no architecture, such as test_short. Raises ConfigError for a file that is something else.
@@ -1075,6 +1179,9 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu", **override
 
 
 # ---------------------------------------------------------------------------------------------------------------- released checkpoints
+RELEASED = {"Mask DINO": "maskdino", "Mask2Former": "mask2former", "DFormer": "dformer"}
+BUFFERS: dict[str, Tensor] = {}                                         # constants in released checkpoints of this model alone
+CLASS_HEAD = "sem_seg_head.predictor.class_embed.weight"
 OFFICIAL = [                                                            # our name -> the released one
     (r"^backbone\.body\.(bn1|conv1)\.", lambda m: "backbone.stem.conv1." + "norm." * (m[1] == "bn1")),
     (r"^backbone\.body\.layer(\d)\.", lambda m: f"backbone.res{int(m[1]) + 1}."), (r"(?<=\d\.)bn(\d)\.", r"conv\1.norm."),
@@ -1108,6 +1215,11 @@ def official_names(name: str, config: Config) -> list[str]:
         backbone_levels = sum(stride <= 32 for stride in config.levels)
         if int(m[1]) < backbone_levels:                                 # these models count the backbone's levels from coarse to fine, extra ones after
             name = name.replace(m[0], f"pixel_decoder.input_proj.{backbone_levels - 1 - int(m[1])}.")
+    return file_of(config.model).names_of(name, config)
+
+
+def names_of(name: str, config: Config) -> list[str]:
+    """`official_names` of Mask DINO."""
     name = renamed(name, OFFICIAL)
     numbers = range(config.dec_layers)
     return [name, *(name.replace("._bbox_embed.", f".{where}bbox_embed.{i}.") for where in ("", "decoder.") for i in numbers if "._bbox_embed." in name),
@@ -1123,23 +1235,27 @@ def turn_levels(name: str, x: Tensor, config: Config) -> Tensor:
             return x.unflatten(0, (config.heads, levels, -1)).flip(1).flatten(0, 2)
         if name.endswith("level_embed"):
             return x.flip(0)
-    return x
+    return x.flip(0) if name == "decoder.level_embed.weight" else x     # Mask2Former's decoder, whose levels have no other trace
 
 
-def to_official(model: MaskDINO) -> dict[str, Tensor]:
+# What models must be like to have a place in the released format; a sibling's own table goes before.
+RELEASABLE = {"task": ("instance", "panoptic", "semantic"), "denoising": ("mask", "box"), "decoder_levels": (0,), "backbone_norm": ("frozen", "batch"),
+              "backbone": tuple(name for name in (*RESNET_BLOCKS, *SWINS) if name != "resnet10")}
+
+
+def to_official(model: Segmenter) -> dict[str, Tensor]:
     """The model's weights as a released checkpoint has them, aliases and buffers included."""
     config, state = model.config, {}
-    if not config.masks or model.label_embed is None or config.decoder_levels or config.backbone == "resnet10" or config.backbone_norm == "group":
-        raise ConfigError("the released format has no place for this model: it knows models with masks, denoising, a decoder that sees every level, "
-                          "batch norms, and no ResNet-10")
+    if wrong := misfit(config, RELEASABLE | file_of(config.model).RELEASABLE):
+        raise ConfigError(f"the released format has no place for this model: it does not know {wrong}")
     for name, x in model.state_dict().items():
         state |= dict.fromkeys(official_names(name, config), turn_levels(name, x, config))
     weight = torch.ones(model.num_classes + 1)
     weight[-1] = 0.1
-    return state | {"criterion.empty_weight": weight}
+    return state | {"criterion.empty_weight": weight} | file_of(config.model).BUFFERS
 
 
-def from_official(state: dict[str, Tensor], model: MaskDINO, source: object) -> dict[str, Tensor]:
+def from_official(state: dict[str, Tensor], model: Segmenter, source: object) -> dict[str, Tensor]:
     """A released checkpoint under our names. Every tensor is accounted for: used, an alias (checked to be equal) or a buffer that is known.
 
     Raises ConfigError for a missing tensor, one of another shape, an alias that differs, and one that nobody asked for.
@@ -1158,7 +1274,7 @@ def from_official(state: dict[str, Tensor], model: MaskDINO, source: object) -> 
             if not torch.equal(left.pop(alias, x), x):
                 raise ConfigError(f"{source}: '{alias}' should be the same tensor as '{official}' and is not: this is no checkpoint of the released code")
         ours[name] = turn_levels(name, x, config)
-    known = ("criterion.empty_weight", "relative_position_index", "num_batches_tracked")
+    known = ("criterion.empty_weight", "relative_position_index", "num_batches_tracked", *file_of(config.model).BUFFERS)
     if unknown := sorted(key for key in left if not key.endswith(known)):
         raise ConfigError(f"{source}: {len(unknown)} tensors have no place in this model, for example '{unknown[0]}': it is of a model that is not known here")
     return ours
@@ -1172,62 +1288,77 @@ def class_list(count: int) -> dict:
     return {"names": [f"class {i}" for i in range(count)], "category_ids": list(range(1, count + 1)), "is_thing": [True] * count}
 
 
+class Clues(NamedTuple):
+    """The names and shapes in a released checkpoint, which tell what model it is."""
+    state: dict[str, Tensor]
+    source: object
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self.state:
+            raise ConfigError(f"{self.source}: '{name}' is missing; the file is damaged or of another version: download it again")
+        return tuple(self.state[name].shape)
+
+    def has(self, pattern: str) -> bool:
+        return any(re.match(pattern, key) for key in self.state)
+
+    def count(self, pattern: str) -> int:
+        return len({m[1] for key in self.state if (m := re.match(pattern, key))})
+
+
+def facts_of(clues: Clues) -> dict[str, object]:
+    """Fields of Config that tell Mask DINO's models apart."""
+    decoder, learned = "sem_seg_head.predictor.decoder.layers", "sem_seg_head.predictor.query_feat.weight"
+    labels, outputs = clues.shape("sem_seg_head.predictor.label_enc.weight")[0], clues.shape(CLASS_HEAD)[0]
+    two_stage = clues.has(r"sem_seg_head\.predictor\.enc_output")
+    facts = {"dec_layers": clues.count(re.escape(decoder) + r"\.(\d+)\."), "dec_ffn": clues.shape(f"{decoder}.0.linear1.weight")[0],
+             "two_stage": two_stage, "class_loss": "ce" if outputs == labels + 1 else "focal",
+             "content_queries": "learned" if two_stage and learned in clues.state else "selected"}
+    return facts | ({"queries": clues.shape(learned)[0]} if learned in clues.state else {})
+
+
 def official_config(state: dict[str, Tensor], source: object, **overrides) -> Config:
     """The configuration of a released checkpoint: the architecture by names and shapes, what they don't tell by the matching preset. Prints the latter."""
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in state:
-            raise ConfigError(f"{source}: '{name}' is missing; the file is damaged or of another version: download it again")
-        return tuple(state[name].shape)
-
-    def has(pattern: str) -> bool:
-        return any(re.match(pattern, key) for key in state)
-
-    def count(pattern: str) -> int:
-        return len({m[1] for key in state if (m := re.match(pattern, key))})
-
+    clues, model = Clues(state, source), RELEASED[family(state)]
     proj, encoder = "sem_seg_head.pixel_decoder.input_proj", "sem_seg_head.pixel_decoder.transformer.encoder.layers"
-    decoder = "sem_seg_head.predictor.decoder.layers"
-    labels, outputs = shape("sem_seg_head.predictor.label_enc.weight")[0], shape("sem_seg_head.predictor.class_embed.weight")[0]
-    L = count(re.escape(proj) + r"\.(\d+)\.")
-    inputs = [shape(f"{proj}.{i}.0.weight") for i in range(L)]
+    L = clues.count(re.escape(proj) + r"\.(\d+)\.")
+    inputs = [clues.shape(f"{proj}.{i}.0.weight") for i in range(L)]
     known = sorted(s[1] for s in inputs if s[-1] == 1)                                  # 1 x 1 convolutions read the backbone, 3 x 3 ones the level before
-    finest = 4 if (known and known[0] == shape("sem_seg_head.pixel_decoder.adapter_1.weight")[1]) else 8
-    learned = "sem_seg_head.predictor.query_feat.weight"
+    finest = 4 if (known and known[0] == clues.shape("sem_seg_head.pixel_decoder.adapter_1.weight")[1]) else 8
     facts = {
-        "backbone": backbone_of(has, shape, count, source), "backbone_norm": "batch" if has(r"backbone\.stem.*\.num_batches_tracked") else "frozen",
-        "levels": tuple(finest * 2 ** i for i in range(L)), "hidden": shape(f"{proj}.0.0.weight")[0],
+        "model": model, "backbone": backbone_of(clues), "backbone_norm": "batch" if clues.has(r"backbone\.stem.*\.num_batches_tracked") else "frozen",
+        "levels": tuple(finest * 2 ** i for i in range(L)), "hidden": clues.shape(f"{proj}.0.0.weight")[0],
         "smallest_proposal": "coarse" if L < 2 or inputs[0][1] < inputs[1][1] else "fine",
-        "enc_layers": count(re.escape(encoder) + r"\.(\d+)\."), "enc_ffn": shape(f"{encoder}.0.linear1.weight")[0],
-        "dec_layers": count(re.escape(decoder) + r"\.(\d+)\."), "dec_ffn": shape(f"{decoder}.0.linear1.weight")[0],
-        "two_stage": has(r"sem_seg_head\.predictor\.enc_output"), "class_loss": "ce" if outputs == labels + 1 else "focal",
-        "content_queries": "learned" if learned in state and has(r"sem_seg_head\.predictor\.enc_output") else "selected",
-        "task": {80: "instance", 133: "panoptic", 150: "semantic", 19: "semantic"}.get(labels, "instance")}
-    if learned in state:
-        facts["queries"] = shape(learned)[0]
-    told = ("task", "backbone", "backbone_norm", "enc_ffn", "two_stage", "class_loss")  # enough to tell the released models apart, but for two
-    rows = {name: row for name, row in PRESETS.items() if "released" in row and all(getattr(preset(name), key) == facts[key] for key in told)}
-    name = next((name for name, row in rows.items() if row["released"] in str(source)), next(iter(rows), "coco_instance_r50_50ep"))
+        "enc_layers": clues.count(re.escape(encoder) + r"\.(\d+)\."), "enc_ffn": clues.shape(f"{encoder}.0.linear1.weight")[0]}
+    facts |= file_of(model).facts_of(clues)
+    K = clues.shape(CLASS_HEAD)[0] - (facts["class_loss"] == "ce")
+    facts["task"] = {80: "instance", 133: "panoptic", 150: "semantic", 19: "semantic"}.get(K, "instance")
+
+    def likeness(name: str) -> tuple[int, bool]:
+        told = ("task", "backbone", "backbone_norm", "enc_ffn", "two_stage", "class_loss")      # enough to tell the released models apart, but for two
+        return sum(getattr(preset(name), key) == facts[key] for key in told), PRESETS[name]["released"] in str(source)
+    name = max((name for name, row in PRESETS.items() if "released" in row and preset(name).model == model), key=likeness)
     config = dataclasses.replace(preset(name), **facts)
     for key, value in overrides.items():
         if key in facts and value != facts[key]:
             raise ConfigError(f"--{key}={value} contradicts {source}, which has {facts[key]}: leave it out")
     config = dataclasses.replace(config, **overrides)
     guessed = ("box_init", "queries", "test_short", "test_long", "object_threshold", "overlap_threshold", "temperature")
-    say(f"{source}: a released checkpoint, {config.task}, {config.backbone}, levels {','.join(map(str, config.levels))}, {labels} classes; "
-        f"taken from preset {name}: " + ", ".join(f"{key}={getattr(config, key)}" for key in guessed if key not in facts and key not in overrides))
+    guessed = [key for key in guessed if key not in facts and key not in overrides and key not in file_of(model).SUPPORTED]
+    say(f"{source}: a released checkpoint, {config.task}, {config.backbone}, levels {','.join(map(str, config.levels))}, {K} classes; "
+        f"taken from preset {name}: " + ", ".join(f"{key}={getattr(config, key)}" for key in guessed))
     return config
 
 
-def backbone_of(has: Callable, shape: Callable, count: Callable, source: object) -> str:
-    """The backbone's name by its blocks: how many the third stage has, and how wide the first is. The functions are those of `official_config`."""
-    if has(r"backbone\.layers\."):
-        key = count(r"backbone\.layers\.2\.blocks\.(\d+)\."), shape("backbone.patch_embed.proj.weight")[0]
+def backbone_of(clues: Clues) -> str:
+    """The backbone's name by its blocks: how many the third stage has, and how wide the first is."""
+    if clues.has(r"backbone\.layers\."):
+        key = clues.count(r"backbone\.layers\.2\.blocks\.(\d+)\."), clues.shape("backbone.patch_embed.proj.weight")[0]
         found = {(6, 96): "swin_t", (18, 96): "swin_s", (18, 128): "swin_b", (18, 192): "swin_l"}.get(key)
     else:
-        key = count(r"backbone\.res4\.(\d+)\."), has(r"backbone\.res\d\.\d+\.conv3\.")                                  # the latter: bottleneck blocks
+        key = clues.count(r"backbone\.res4\.(\d+)\."), clues.has(r"backbone\.res\d\.\d+\.conv3\.")                      # the latter: bottleneck blocks
         found = {(6, True): "resnet50", (23, True): "resnet101", (2, False): "resnet18", (6, False): "resnet34"}.get(key)
     if not found:
-        raise ConfigError(f"{source}: its backbone is none of ResNet-18, 34, 50, 101, Swin-T, S, B and L")
+        raise ConfigError(f"{clues.source}: its backbone is none of ResNet-18, 34, 50, 101, Swin-T, S, B and L")
     return found
 
 
@@ -1264,7 +1395,7 @@ DINO = [                                                                # our na
 CLASS_ROWS = ("heads.class_head.", "label_embed.")                      # tensors with a row for each class
 
 
-def from_dino(state: dict[str, Tensor], model: MaskDINO, category_ids: list[int]) -> dict[str, Tensor]:
+def from_dino(state: dict[str, Tensor], model: Segmenter, category_ids: list[int]) -> dict[str, Tensor]:
     """What a DINO detection checkpoint (arXiv 2203.03605) has for this model, under our names; class rows for the given COCO ids.
 
     Its heads for encoder tokens are not used: here encoder and decoder share one set of heads. Nor are its 900 learned queries.
@@ -1292,7 +1423,7 @@ def read_start(path: str, **overrides) -> Start:
     return Start(*read_weights(content, path, **overrides), path)
 
 
-def start_from(model: MaskDINO, start: Start) -> str:
+def start_from(model: Segmenter, start: Start) -> str:
     """Fills a fresh model; tensors that the checkpoint lacks stay as they are. Class head and label embedding get the rows of classes of the same name.
 
     Returns what happened, in words. Raises ConfigError for tensors of another shape.
@@ -1317,7 +1448,7 @@ def start_from(model: MaskDINO, start: Start) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------- a tour
-def walk(model: MaskDINO, images: Tensor, size: tuple[int, int]) -> tuple[dict, Counter]:
+def walk(model: Segmenter, images: Tensor, size: tuple[int, int]) -> tuple[dict, Counter]:
     """Sends one image through the model -> what every module (by name; "" is the model) gave out first, and every module's own FLOPs.
 
     Own: a stack says which module is at work, and what was counted since the last look is its work alone, not that of those who called it.
@@ -1347,7 +1478,7 @@ def walk(model: MaskDINO, images: Tensor, size: tuple[int, int]) -> tuple[dict, 
     return seen, flops
 
 
-def tour(model: MaskDINO, height: int = 800, width: int = 1333) -> str:
+def tour(model: Segmenter, height: int = 800, width: int = 1333) -> str:
     """Figure 1 as a table, from image to masks: rooms with their parameters and GFLOPs, and in them the tensors with their shapes.
 
     A twin on the meta device does the walk: its tensors have shapes but no numbers, nothing is computed, and `model` stays as it is. A room's
@@ -1361,9 +1492,8 @@ def tour(model: MaskDINO, height: int = 800, width: int = 1333) -> str:
     seen, flops = walk(twin, images, (height, width))
     parameters = {name: p.numel() for name, p in twin.named_parameters()}
     memory, shapes, pixels = seen["pixel_decoder"]
-    content, anchors, selection = seen["query_selection"]
-    (state, boxes), sets = seen["decoder"][-1], seen[""].sets
-    last, Q, places = list(sets.values())[-1], content.shape[1], f"{config.heads} heads x {config.attention_points} places on each level, around"
+    sets = seen[""].sets
+    last = list(sets.values())[-1]
 
     # Name, tensor, whose parameters and FLOPs (a pattern of names), remark. What a configuration does not have drops out.
     rows = [
@@ -1372,25 +1502,13 @@ def tour(model: MaskDINO, height: int = 800, width: int = 1333) -> str:
         *((f"  features[{i}]", x, None, f"stride {4 * 2 ** i}") for i, x in enumerate(seen["backbone"])),
         ("pixel_decoder", None, "pixel_decoder", "tokens for attention, a map for masks (section 3.4)"),
         ("  input_proj", None, "pixel_decoder.(input_proj|level_embed)", "one level for each stride of " + ", ".join(map(str, config.levels))),
-        ("  layers: self_attn", None, r"pixel_decoder.layers.\d+.(self_attn|norm1)", f"x {config.enc_layers}: {places} each token"),
+        ("  layers: self_attn", None, r"pixel_decoder.layers.\d+.(self_attn|norm1)", f"x {config.enc_layers}: {places(config)} each token"),
         ("  layers: ffn", None, r"pixel_decoder.layers.\d+.(ffn|norm2)", f"x {config.enc_layers}"),
         ("  memory", memory, None, "tokens of the levels: " + " + ".join(f"{h} x {w}" for h, w in shapes)),
         ("  pixels", pixels, "pixel_decoder.(lateral|smooth|pixel_embed)", "pixel embedding map, from features[0] and the finest tokens"),
-        ("query_selection", None, "query_selection", "tokens become queries (section 3.5)" if selection else "learned queries"),
-        ("  logits of tokens", selection and seen["heads.class_head"], None, f"by the class head; the best {Q} are selected"),
-        ("  content", content, None, "what a query is: " + (config.content_queries if selection else "learned")),
-        ("  anchors", anchors, None, "where it looks: " + (f"box_init {config.box_init}" if selection else "learned")),
-        ("label_embed", None, "label_embed", "denoising, in training only (section 3.6)"),
-        *noised(config, K, Q),
-        ("decoder", None, "decoder", f"x {config.dec_layers}; moves the anchors layer by layer"),
-        ("  anchor_embed", None, "decoder.anchor_embed", "anchors as positions"),
-        ("  layers: self_attn", None, r"decoder.layers.\d+.(self_attn|norm1)", "among queries"),
-        ("  layers: cross_attn", None, r"decoder.layers.\d+.(cross_attn|norm2)", f"{places} each anchor"),
-        ("  layers: ffn", None, r"decoder.layers.\d+.(ffn|norm3)", ""),
-        ("  state", state, None, "the queries after a layer"),
-        ("  boxes", boxes, None, "their anchors after it"),
+        *file_of(config.model).rooms(model, seen),
         ("heads", None, "heads", f"one set of weights for {len(sets)} predictions: {', '.join([*sets][:3])} ... {[*sets][-1]}"),
-        ("  logits", last.logits, "heads.class_head", "of each prediction; for the selection, of all tokens" if selection else "of each prediction"),
+        ("  logits", last.logits, "heads.class_head", "of each prediction; for the selection, of all tokens" if "selection" in sets else "of each prediction"),
         ("  boxes", last.boxes, "heads.box_head", ""),
         ("  embeddings", last.embeddings, "heads.mask_head", ""),
         ("masks", seen["masks"], "masks", "embeddings of the last prediction times pixels (equation 1)")]
@@ -1405,6 +1523,30 @@ def tour(model: MaskDINO, height: int = 800, width: int = 1333) -> str:
     lines = ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, "<<>><", widths)).rstrip() for line in lines]
     head = f"{config.task}, {config.backbone}, {K} classes, one image. A multiply-add is two FLOPs, as PyTorch counts; papers often count one."
     return "\n".join([head, *lines])
+
+
+def places(config: Config) -> str:
+    return f"{config.heads} heads x {config.attention_points} places on each level, around"
+
+
+def rooms(model: Segmenter, seen: dict) -> list[tuple]:
+    """Rows of the tour between pixel decoder and heads: what only Mask DINO has."""
+    config, (content, anchors, selection), (state, boxes) = model.config, seen["query_selection"], seen["decoder"][-1]
+    Q = content.shape[1]
+    return [
+        ("query_selection", None, "query_selection", "tokens become queries (section 3.5)" if selection else "learned queries"),
+        ("  logits of tokens", selection and seen["heads.class_head"], None, f"by the class head; the best {Q} are selected"),
+        ("  content", content, None, "what a query is: " + (config.content_queries if selection else "learned")),
+        ("  anchors", anchors, None, "where it looks: " + (f"box_init {config.box_init}" if selection else "learned")),
+        ("label_embed", None, "label_embed", "denoising, in training only (section 3.6)"),
+        *noised(config, model.num_classes, Q),
+        ("decoder", None, "decoder", f"x {config.dec_layers}; moves the anchors layer by layer"),
+        ("  anchor_embed", None, "decoder.anchor_embed", "anchors as positions"),
+        ("  layers: self_attn", None, r"decoder.layers.\d+.(self_attn|norm1)", "among queries"),
+        ("  layers: cross_attn", None, r"decoder.layers.\d+.(cross_attn|norm2)", f"{places(config)} each anchor"),
+        ("  layers: ffn", None, r"decoder.layers.\d+.(ffn|norm3)", ""),
+        ("  state", state, None, "the queries after a layer"),
+        ("  boxes", boxes, None, "their anchors after it")]
 
 
 def noised(config: Config, K: int, Q: int) -> list[tuple]:
@@ -1426,7 +1568,7 @@ def numbers(parameters: int, flops: int) -> tuple[str, str]:
 def classes_of(name: str) -> int:
     """How many classes the data set has that a preset is named after; else 80."""
     lists = json.loads(CLASS_LISTS.read_text())
-    return next((len(lists[key]["names"]) for key in sorted(lists, key=len, reverse=True) if name.startswith(key)), 80)
+    return next((len(lists[key]["names"]) for key in sorted(lists, key=len, reverse=True) if key in name), 80)
 
 
 def main() -> None:
@@ -1439,8 +1581,9 @@ def main() -> None:
         if len(words) > 1:
             raise ConfigError(f"one model at a time, not {' and '.join(words)}")
         if name == Path(name).stem:                                     # no folder, no ending: a preset
+            config = preset(name, **overrides)
             with torch.device("meta"):
-                model = MaskDINO(preset(name, **overrides), actions.get("classes", classes_of(name)))
+                model = file_of(config.model).MODEL(config, actions.get("classes", classes_of(name)))
         elif "classes" in actions:
             raise ConfigError(f"--classes is for presets, {name} knows its own: leave it out")
         else:
@@ -1451,4 +1594,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.modules["maskdino"] = sys.modules["__main__"]       # so that a sibling imports this very file, not a second copy
     main()
