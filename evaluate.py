@@ -7,8 +7,8 @@
 CHECKPOINT is one of train.py or a released one. Also: --val_{json,images,panoptic,labels}=PATH and --classes=names.txt (instead of what --data
 finds), --val_instances=JSON (truth for the AP of a panoptic model's things; else its data's own segments), --tta (semantic models: the mean over
 scales and mirrored), --per_class, --batch_size=1, --device=cuda|mps|cpu, and these fields of the checkpoint's Config: --max_images (here: of the
-validation split, 0 = all), --test_short, --test_long, --detections, --workers, --precision, --object_threshold, --overlap_threshold, --temperature;
-of a released one, --box_init and --queries.
+validation split, 0 = all), --test_short, --test_long, --detections, --workers, --precision, --object_threshold, --overlap_threshold, --temperature,
+--sampling_steps, --sampling_eta and --seed (DFormer); of a released one, --box_init and --queries.
 
 AP is that of pycocotools (COCOeval, 100 detections an image), PQ that of the panoptic task's own code, mIoU that of the released code, except that
 - what does not apply is None ("n/a"), never -1 or NaN: no ground truth in the split, or none of that size or class;
@@ -773,7 +773,7 @@ ACTIONS = {"data": str, "out": str, "images": str, "threshold": float, "per_clas
            "tta": bool} | dict.fromkeys(PATHS, str)
 DEFAULTS = dict.fromkeys(ACTIONS) | {"threshold": 0.3, "per_class": False, "batch_size": 1, "tta": False}
 OVERRIDES = ("max_images", "test_short", "test_long", "detections", "workers", "precision", "object_threshold", "overlap_threshold", "temperature",
-             "box_init", "queries")
+             "box_init", "queries", "sampling_steps", "sampling_eta", "seed")
 
 
 def _parse(argv: list[str]) -> tuple[str, dict, dict]:

@@ -68,10 +68,12 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
 
 
 def lr_factor(step: int, config: Config) -> float:
-    """What the learning rates are multiplied with at a step (counted from 0): linear warm-up, then drops by ten or half a cosine."""
+    """What the learning rates are multiplied with at a step (counted from 0): linear warm-up, then drops by ten, half a cosine or a polynomial."""
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     if config.lr_schedule == "cosine":
         return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.iterations)))
+    if config.lr_schedule == "poly":
+        return warm * (1 - step / config.iterations) ** 0.9
     return warm * 0.1 ** sum(step >= drop for drop in config.lr_drops)
 
 
@@ -259,7 +261,7 @@ def open_data(config: Config, actions: dict, world: World, name: str) -> tuple[d
     """Training and evaluation data. Prints what was found. Raises DataError or ConfigError before anything expensive begins."""
     where, by_hand = actions.get("data"), {"train_json", "train_images", "train_labels"} & actions.keys()
     if where is None and not by_hand:
-        if not name.startswith("shapes"):
+        if "shapes" not in name:
             raise ConfigError("training needs data: --data=DIR (a COCO, ADE20K or Cityscapes tree), or own files by --train_json=FILE --train_images=DIR "
                               "--val_json=FILE --val_images=DIR (see the README)")
         where = SHAPES

@@ -271,6 +271,8 @@ def test_schedule():
     assert [round(train.lr_factor(s, config), 6) for s in (0, 327_777, 327_778, 355_092, 368_749)] == [1, 1, 0.1, 0.01, 0.01]
     config = preset("shapes", warmup=10, iterations=100)
     assert train.lr_factor(0, config) == pytest.approx(0.1) and train.lr_factor(100, config) == pytest.approx(0)
+    config = preset("ade20k_semantic_r50", lr_schedule="poly", iterations=100)
+    assert [train.lr_factor(s, config) for s in (0, 50, 100)] == pytest.approx([1, 0.5 ** 0.9, 0])
     short = train.in_epochs(preset("coco_instance_r50_12ep"), 12, 1600)
     assert short.iterations == 1200 and short.lr_drops == (1100,)        # 81,125 of 88,500
 
