@@ -215,7 +215,7 @@ PRESETS: dict[str, dict] = {
         **SHAPES | dict(task="panoptic", box_init="token", queries=100)),
     "shapes_semantic": dict(
         about="the same, a class for every pixel, on a laptop's CPU in 10 minutes",
-        **SHAPES | dict(task="semantic", box_init="token", queries=100, box_loss=False, matching="mask", colour_jitter=False)),
+        **SHAPES | dict(task="semantic", box_init="token", queries=100, colour_jitter=False)),
     "overfit": dict(
         about="a few real images learned by heart, on a CPU in 20 minutes: --data=DIR --max_images=8",
         backbone="resnet10", backbone_norm="group", backbone_weights="none", levels=(8, 16, 32), hidden=128, enc_layers=1, enc_ffn=512, dec_layers=3,
