@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+import data  # it imports torchvision, and that may import Triton
 
 
 @pytest.fixture
