@@ -26,6 +26,7 @@ import os
 import statistics
 import sys
 import time
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -356,9 +357,9 @@ def layers(model, dataset, out: Path, workers: int = 0) -> dict[str, dict]:
     Layer 0 of the tables is "initial": the classes and masks of query selection, and as boxes the anchors it gave, which mask-enhanced initialisation
     has from the masks; "selection" has the tokens' own boxes. Leaves result_layers.json in `out`, beside the last set's results.
     """
-    image, _ = dataset[0]
+    images, targets = data.collate([dataset[0]])
     with _inference(model):
-        names = list(_forward(model, *(lambda batch: (batch[0], [t["size"] for t in batch[1]]))(data.collate([(image, {"size": tuple(image.shape[-2:])})]))).sets)
+        names = list(_forward(model, images, [t["size"] for t in targets]).sets)
     first, found = not dist.is_initialized() or dist.get_rank() == 0, {}
     for name in names:
         if first:
@@ -866,10 +867,12 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its folder's: the same for everything that means the same."""
-        plain = maskdino.preset(self.preset)
+        """Its folder's: the same for everything that means the same. Where many flags by hand make it too long for a file system, it ends in a checksum."""
+        plain, seed = maskdino.preset(self.preset), self.overrides.get("seed")
         changes = {k: v for k, v in sorted(self.overrides.items()) if getattr(plain, k) != v and k != "seed"}
-        return "".join([self.preset, *(f"--{k}={_flag(v)}" for k, v in changes.items()), f"--seed={self.overrides.get('seed')}" * bool(self.overrides.get("seed"))])
+        name = "".join([self.preset, *(f"--{k}={_flag(v)}" for k, v in changes.items())])
+        short = name if len(name) <= 200 else f"{name[:180]}--{zlib.crc32(name.encode()):08x}"
+        return short + (f"--seed={seed}" if seed else "")
 
     def command(self, root: Path, where: str | None = None) -> str:
         """What trains it, or goes on with it."""
@@ -979,8 +982,8 @@ def table_text(name: str, root: Path, scale: str | None = None, by_hand: dict | 
     for line in compared(table, root, scale, by_hand):
         ours, (own, error) = line["ours"], line["effect"] or (None, None)
         grid.append((line["row"], line["metric"], _number(line["paper"]), f"{ours.mean:.1f}{_spread(ours.spread)} ({ours.seeds})" if ours else "",
-                     f"{ours.mean - line['paper']:+.1f}" if ours and line["paper"] is not None else "",
-                     "" if line["paper_effect"] is None else f"{line['paper_effect']:+.1f}", "" if own is None else f"{own:+.1f}{_spread(error)}", line["verdict"]))
+                     _number(ours.mean - line["paper"], "+") if ours and line["paper"] is not None else "", _number(line["paper_effect"], "+"),
+                     _number(own, "+") + _spread(error), line["verdict"]))
     for label, row in table.rows.items():
         run = run_of(row, scale, by_hand)
         if run is None:
@@ -995,8 +998,8 @@ def table_text(name: str, root: Path, scale: str | None = None, by_hand: dict | 
     return "\n".join([f"{name}: {table.title}" + f", at scale {scale}" * bool(scale), *lines, *(f"  {label}: {what}" for label, what in missing.items())])
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+def _number(value: float | None, sign: str = "") -> str:
+    return "" if value is None else f"{value:{sign}.1f}"
 
 
 def _spread(value: float | None) -> str:
@@ -1004,7 +1007,10 @@ def _spread(value: float | None) -> str:
 
 
 def bars(lines: list[dict], title: str, path: Path) -> None:
-    """Draws the effects of a table (see `compared`), the paper's beside ours with twice the standard error, a panel for each metric. Nothing to draw, no picture."""
+    """Draws the effects of a table (see `compared`), the paper's beside ours with twice the standard error, a panel for each metric.
+
+    Nothing to draw, no picture.
+    """
     lines = [line for line in lines if line["paper_effect"] is not None]
     metrics = list(dict.fromkeys(line["metric"] for line in lines))
     if not any(line["effect"] for line in lines):
@@ -1044,7 +1050,8 @@ def _panel(draw: ImageDraw.ImageDraw, area: list, metric: str, lines: list[dict 
     for i, line in enumerate(lines):
         middle = y0 + step * (i + 0.5)
         if line:
-            draw.rectangle((*sorted((place(0), place(line["paper_effect"])))[:1], middle - half, max(place(0), place(line["paper_effect"])), middle), "#999999")
+            paper = place(line["paper_effect"])
+            draw.rectangle((min(place(0), paper), middle - half, max(place(0), paper), middle), "#999999")
         if line and line["effect"]:
             ours, error = line["effect"]
             draw.rectangle((min(place(0), place(ours)), middle, max(place(0), place(ours)), middle + half), INKS[0])

@@ -49,7 +49,8 @@ from losses import Criterion
 from maskdino import Config, ConfigError, MaskDINO
 
 ACTIONS = {"help": bool, "list": bool, "data": str, "out": str, "resume": bool, "overwrite": bool, "epochs": float, "device": str, "finetune": str,
-           "classes": str, "table": str, "scale": str, "seeds": int, "dry_run": bool} | {f"{split}_{kind}": str for split in ("train", "val") for kind in data.FLAGS}
+           "classes": str, "table": str, "scale": str, "seeds": int,
+           "dry_run": bool} | {f"{split}_{kind}": str for split in ("train", "val") for kind in data.FLAGS}
 SHAPES = Path("datasets/shapes")                                        # where the generated data set lives
 RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pth", "result.json", "results_bbox.json", "results_segm.json", "panoptic.json", "predictions.png",
              "curves.png")
@@ -437,8 +438,8 @@ def run_table(name: str, overrides: dict, actions: dict, world: World) -> None:
         return
     for folder, (run_, labels, layers) in jobs.items():
         where = {k: v for k, v in actions.items() if k not in ("table", "scale", "seeds", "out")} | {"out": str(root / folder)}
-        if data := data_of(actions.get("data"), run_.preset):
-            where["data"] = data
+        if folder_of_data := data_of(actions.get("data"), run_.preset):
+            where["data"] = folder_of_data
         if world.first:
             print(f"\n{name}: {', '.join(labels)}, seed {run_.overrides.get('seed', 0)}: {root / folder}")
         if not (root / folder / "result.json").exists():
