@@ -351,7 +351,7 @@ def _detect(model, images: torch.Tensor, targets: list, sizes: list, semantic: b
     return model.postprocess(output, valid, sizes, semantic)
 
 
-def layers(model, dataset, out: Path, workers: int = 0) -> dict[str, dict]:
+def layers(model, dataset, out: Path, workers: int = 0, things: data.CocoDataset | None = None) -> dict[str, dict]:
     """What each prediction set scores, {"selection", "initial", "layer1" ...: the keys of EMPTY}, one pass over the data for each: Tables 8 and 9.
 
     Layer 0 of the tables is "initial": the classes and masks of query selection, and as boxes the anchors it gave, which mask-enhanced initialisation
@@ -364,7 +364,8 @@ def layers(model, dataset, out: Path, workers: int = 0) -> dict[str, dict]:
     for name in names:
         if first:
             print(f"\n{name}")
-        found[name] = {key: value for key, value in evaluate(model, dataset, out, workers=workers, answer=name).items() if key in EMPTY}
+        metrics = evaluate(model, dataset, out, workers=workers, things=things, answer=name)
+        found[name] = {key: value for key, value in metrics.items() if key in EMPTY}
     if first:
         (out / "result_layers.json").write_text(json.dumps(found, indent=1))
     return found
@@ -764,8 +765,9 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
+    """A table of the paper, or two that belong together."""
     title: str
-    metrics: tuple[str, ...]
+    metrics: tuple[str, ...]                # keys of EMPTY
     rows: dict[str, Row]
 
 
@@ -855,7 +857,7 @@ TABLES: dict[str, Table] = {
         "without hybrid matching": Row(I12, dict(matching="box"), (44.9, 40.5), base="full model"),
         "without all four": Row(I12, NO_PARTS, (41.7, 38.5), base="full model")}),
 }
-# --scale=shapes: the same rows on generated data. A budget of about 3 minutes a run on one CPU thread, the same for all rows; the rest is the shapes preset's.
+# --scale=shapes: the same rows on generated data. A short schedule, the same for all rows; the rest is the shapes preset's.
 SMALL = dict(iterations=1000, warmup=100, evaluate_every=0)
 DATA = {"coco": "/data/coco", "ade20k": "/data/ADEChallengeData2016", "cityscapes": "/data/cityscapes"}
 
@@ -874,13 +876,17 @@ class Run(NamedTuple):
         short = name if len(name) <= 200 else f"{name[:180]}--{zlib.crc32(name.encode()):08x}"
         return short + (f"--seed={seed}" if seed else "")
 
+    def data(self, where: str | None) -> str | None:
+        """Its --data: the folder given, or what is in it under the usual name, since a table may need two data sets."""
+        usual = next((folder for kind, folder in DATA.items() if kind in self.preset), None)
+        inside = Path(where, Path(usual).name) if where and usual else None
+        return str(inside) if inside and inside.is_dir() else where or usual
+
     def command(self, root: Path, where: str | None = None) -> str:
-        """What trains it, or goes on with it."""
+        """What trains it, or goes on with it. where: --data, if it is known."""
         words = [f"--{k}={_flag(v)}" for k, v in self.overrides.items()] + [f"--out={root / self.name}", "--resume"]
-        if "shapes" in self.preset:
-            return " ".join(["python train.py", self.preset, *words, *([f"--data={where}"] if where else [])])
-        where = where or next(folder for kind, folder in DATA.items() if kind in self.preset)
-        return " ".join(["torchrun --standalone --nproc_per_node=8 train.py", self.preset, *words, f"--data={where}"])
+        words += [f"--data={where}"] if (where := self.data(where)) else []
+        return " ".join(["python" if "shapes" in self.preset else "torchrun --standalone --nproc_per_node=8", "train.py", self.preset, *words])
 
 
 def _flag(value: object) -> str:
@@ -907,6 +913,7 @@ def run_of(row: Row, scale: str | None = None, by_hand: dict | None = None) -> R
 
 
 def find_table(name: str) -> Table:
+    """The table of this name. Raises ConfigError for an unknown one, naming the nearest."""
     if name not in TABLES:
         raise maskdino.ConfigError(f"there is no table '{name}'{maskdino.nearest(name, TABLES)}; there are {', '.join(TABLES)}")
     return TABLES[name]
@@ -961,11 +968,12 @@ def verdict(paper: float, ours: tuple[float, float | None] | None) -> str:
 def compared(table: Table, root: Path, scale: str | None, by_hand: dict | None = None) -> list[dict]:
     """A table as lines, one for each row and metric: {row, metric, paper, ours (Cell), paper_effect, effect, verdict}, None where there is nothing."""
     cells = {name: dict(zip(table.metrics, cells_of(row, table.metrics, root, scale, by_hand), strict=True)) for name, row in table.rows.items()}
+    source = {name: (run.name if (run := run_of(row, scale, by_hand)) else name, row.layer) for name, row in table.rows.items()}
     lines = []
     for name, row in table.rows.items():
         for i, metric in enumerate(table.metrics):
             line = {"row": name, "metric": metric, "paper": row.paper[i], "ours": cells[name][metric], "paper_effect": None, "effect": None, "verdict": ""}
-            if row.base:
+            if row.base and source[name] != source[row.base]:                                 # at a small scale two rows may be one run
                 line["effect"] = effect(line["ours"], cells[row.base][metric])
                 if None not in (row.paper[i], base := table.rows[row.base].paper[i]):
                     line["paper_effect"] = round(row.paper[i] - base, 1)
@@ -992,7 +1000,7 @@ def table_text(name: str, root: Path, scale: str | None = None, by_hand: dict | 
             missing[label] = f"at this scale the same run as '{names[run.name, row.layer]}'"
         elif not any(cells_of(row, table.metrics, root, scale, by_hand)):
             missing[label] = run.command(root, where) if row.layer is None or not _results(root, run, None) else \
-                f"python evaluate.py {root / run.name / 'checkpoint.pth'} --layers --data={where or 'DIR'}"
+                f"python evaluate.py {root / run.name / 'checkpoint.pth'} --layers --data={run.data(where) or 'DIR'}"
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     lines = ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, "<<>>>>><", widths, strict=True)).rstrip() for line in grid]
     return "\n".join([f"{name}: {table.title}" + f", at scale {scale}" * bool(scale), *lines, *(f"  {label}: {what}" for label, what in missing.items())])
@@ -1006,13 +1014,13 @@ def _spread(value: float | None) -> str:
     return "" if value is None else f" ± {value:.1f}"
 
 
-def bars(lines: list[dict], title: str, path: Path) -> None:
-    """Draws the effects of a table (see `compared`), the paper's beside ours with twice the standard error, a panel for each metric.
+def bars(table: Table, lines: list[dict], path: Path) -> None:
+    """Draws the effects in a table's lines (see `compared`), the paper's beside ours with twice the standard error, a panel for each metric.
 
     Nothing to draw, no picture.
     """
     lines = [line for line in lines if line["paper_effect"] is not None]
-    metrics = list(dict.fromkeys(line["metric"] for line in lines))
+    metrics = [metric for metric in table.metrics if any(line["metric"] == metric for line in lines)]
     if not any(line["effect"] for line in lines):
         return
     names, zoom, width, step = list(dict.fromkeys(line["row"] for line in lines)), 2, 380, 44
@@ -1020,7 +1028,7 @@ def bars(lines: list[dict], title: str, path: Path) -> None:
     label = max(text(name) for name in names) / zoom + 36
     sheet = Image.new("RGB", (round(zoom * (label + width * len(metrics))), zoom * (96 + step * len(names))), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((24 * zoom, 26 * zoom), title, fill="black", font=_font(17 * zoom), anchor="lm")
+    draw.text((24 * zoom, 26 * zoom), table.title, fill="black", font=_font(17 * zoom), anchor="lm")
     for i, name in enumerate(names):
         draw.text(((label - 8) * zoom, (70 + step * (i + 0.5)) * zoom), name, fill="#333333", font=_font(13 * zoom), anchor="rm")
     for i, metric in enumerate(metrics):
@@ -1065,7 +1073,7 @@ def show_tables(names: list[str], root: Path, scale: str | None = None, by_hand:
     for name in names or TABLES:
         print(table_text(name, root, scale, by_hand, where), end="\n\n")
         path = root / (f"{name}_{scale}.png" if scale else f"{name}.png")
-        bars(compared(find_table(name), root, scale, by_hand), TABLES[name].title, path)
+        bars(TABLES[name], compared(TABLES[name], root, scale, by_hand), path)
 
 
 # -------------------------------------------------------------------------------------------------------------- processes
@@ -1131,6 +1139,10 @@ def _parse(argv: list[str]) -> tuple[str, dict, dict]:
         raise maskdino.ConfigError(f"--{fixed[0]} comes from the checkpoint; at evaluation there are --{', --'.join(OVERRIDES)}")
     if not 0 <= actions["threshold"] <= 1:
         raise maskdino.ConfigError(f"--threshold={actions['threshold']:g}: a score is between 0 and 1")
+    if actions["scale"]:
+        raise maskdino.ConfigError("--scale goes with --tables")
+    if actions["layers"] and (actions["tta"] or actions["images"] or actions["save_official"]):
+        raise maskdino.ConfigError("--layers scores on the validation split: give --data=DIR alone, without --tta")
     wanted = [actions["images"], actions["data"] or actions["val_json"] or actions["val_labels"], actions["save_official"]]
     if sum(map(bool, wanted)) != 1 or actions["images"] and not actions["out"]:
         raise maskdino.ConfigError("give one of --data=DIR (scores on its validation split), --images=PATH --out=DIR (own pictures), --save_official=PATH")
@@ -1151,7 +1163,7 @@ def _evaluate_data(model, checkpoint: Path, actions: dict, max_images: int, worl
         if missing := _missing(model.classes, dataset):
             print(f"classes are matched by name; {missing}")
     if actions["layers"]:
-        layers(model, dataset, out, workers=config.workers)
+        layers(model, dataset, out, config.workers, things)
         return
     start = time.perf_counter()
     metrics = evaluate(model, dataset, out, batch_size=actions["batch_size"], workers=config.workers, per_class=actions["per_class"], tta=actions["tta"],

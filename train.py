@@ -10,6 +10,7 @@
 Every field of `maskdino.Config` is a flag. Beside them: --data=DIR or --{train,val}_{json,images}=PATH, --out=DIR (runs/PRESET), --epochs=N (instead of
 iterations; learning rate drops at the same fractions), --resume (goes on from the run's checkpoint if there is one, else starts), --overwrite, --device,
 --finetune=CKPT (a checkpoint of ours, a released one, or a detection checkpoint of DINO: starts from its weights, classes matched by name).
+--table=NAME (of evaluate.TABLES) instead of a preset: flags of Config then go to all rows, and --out is the folder of their folders (runs).
 
 A run leaves config.json, log.jsonl, checkpoint.pth, result.json, results_{bbox,segm}.json, predictions.png and curves.png.
 
@@ -52,8 +53,8 @@ ACTIONS = {"help": bool, "list": bool, "data": str, "out": str, "resume": bool, 
            "classes": str, "table": str, "scale": str, "seeds": int,
            "dry_run": bool} | {f"{split}_{kind}": str for split in ("train", "val") for kind in data.FLAGS}
 SHAPES = Path("datasets/shapes")                                        # where the generated data set lives
-RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pth", "result.json", "results_bbox.json", "results_segm.json", "panoptic.json", "predictions.png",
-             "curves.png")
+RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pth", "result.json", "result_layers.json", "results_bbox.json", "results_segm.json", "panoptic.json",
+             "predictions.png", "curves.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------- optimizer
@@ -417,12 +418,6 @@ def jobs_of(table: evaluate.Table, scale: str | None, by_hand: dict, seeds: int)
     return jobs
 
 
-def data_of(where: str | None, preset: str) -> str | None:
-    """--data of one row: the folder given, or what is in it under the usual name (a table may need two data sets)."""
-    inside = next((Path(where or ".", Path(path).name) for kind, path in evaluate.DATA.items() if kind in preset), None)
-    return str(inside) if where and inside and inside.is_dir() else where
-
-
 def run_table(name: str, overrides: dict, actions: dict, world: World) -> None:
     """Trains the rows of a table that have no result.json yet, reads out layers where rows want that, prints and draws the table.
 
@@ -431,6 +426,8 @@ def run_table(name: str, overrides: dict, actions: dict, world: World) -> None:
     table, root, scale = evaluate.find_table(name), Path(actions.get("out") or "runs"), actions.get("scale")
     if wrong := [key for key in ("epochs", "finetune", "resume", "overwrite") if key in actions] + ["seed"] * ("seed" in overrides):
         raise ConfigError(f"--{wrong[0]} does not go with --table, whose rows say how they train; it always resumes, and --seeds=N trains seeds 0 to N - 1")
+    if actions.get("seeds", 1) < 1:
+        raise ConfigError(f"--seeds={actions['seeds']}: how many, at least 1")
     jobs = jobs_of(table, scale, overrides, actions.get("seeds", 1))
     if actions.get("dry_run"):
         if world.first:
@@ -438,8 +435,8 @@ def run_table(name: str, overrides: dict, actions: dict, world: World) -> None:
         return
     for folder, (run_, labels, layers) in jobs.items():
         where = {k: v for k, v in actions.items() if k not in ("table", "scale", "seeds", "out")} | {"out": str(root / folder)}
-        if folder_of_data := data_of(actions.get("data"), run_.preset):
-            where["data"] = folder_of_data
+        if "data" in actions:
+            where["data"] = run_.data(actions["data"])
         if world.first:
             print(f"\n{name}: {', '.join(labels)}, seed {run_.overrides.get('seed', 0)}: {root / folder}")
         if not (root / folder / "result.json").exists():
@@ -453,9 +450,11 @@ def run_table(name: str, overrides: dict, actions: dict, world: World) -> None:
 
 
 def plan(jobs: dict, root: Path, where: str | None) -> str:
-    """What a table would train, with commands and hours; the speed is that of the rows that are finished."""
-    lines, total, done = [], 0.0, [root / folder / "result.json" for folder in jobs]
-    speeds = [json.loads(file.read_text())["images_per_second"] for file in done if file.exists()]
+    """What a table would train, with commands and hours. The speed is that of the rows that are finished; of shapes, before one is, the README's."""
+    lines, total, done = [], 0.0, [file for folder in jobs if (file := root / folder / "result.json").exists()]
+    if not done and all("shapes" in run_.preset for run_, _, _ in jobs.values()):
+        done = [Path(__file__).parent / "assets" / "shapes.json"]
+    speeds = [speed for file in done if (speed := json.loads(file.read_text())["images_per_second"])]
     speed = sum(speeds) / len(speeds) if speeds else None
     for folder, (run_, labels, layers) in jobs.items():
         config, there = maskdino.preset(run_.preset, **run_.overrides), root / folder
@@ -463,7 +462,7 @@ def plan(jobs: dict, root: Path, where: str | None) -> str:
         hours = (config.max_steps or config.iterations) * config.total_batch / speed / 3600 if speed else None
         total += (hours or 0) * (state != "done")
         lines += [f"{', '.join(labels)}, seed {config.seed}: {state}" + (f", {hours:.2f} hours" if hours and state != "done" else "") +
-                  ", then its layers are read out" * layers, f"    {run_.command(root, data_of(where, run_.preset))}"]
+                  ", then its layers are read out" * layers, f"    {run_.command(root, where)}"]
     estimate = f"about {total:.1f} hours at {speed:.1f} images/s" if speed else "time unknown until a row has run"
     return "\n".join([*lines, f"{len(jobs)} runs, {estimate}, evaluation not counted"])
 

@@ -197,11 +197,17 @@ def test_a_dry_run_says_what_would_run(tmp_path, capsys):
     train.run_table("components", {}, {"out": str(tmp_path), "dry_run": True, "data": "/data/coco"}, ALONE)
     said = capsys.readouterr().out
     assert said.count("train.py coco_instance_r50_12ep") == 6 and "6 runs, time unknown" in said and not list(tmp_path.iterdir())
+    (tmp_path / "cityscapes").mkdir()
+    train.run_table("semantic", {}, {"dry_run": True, "data": str(tmp_path)}, ALONE)
+    assert capsys.readouterr().out.count(f"--data={tmp_path}/cityscapes\n") == 2
+    train.run_table("components", {}, {"dry_run": True, "scale": "shapes"}, ALONE)
+    assert "images/s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv, words", [
     (["--table=component"], "did you mean 'components'"), (["shapes", "--table=depth"], "leave out shapes"), (["--seeds=3"], "goes with --table"),
-    (["--table=depth", "--seed=1"], "--seeds=N"), (["--table=depth", "--scale=big"], "--scale=big"), (["--table=depth", "--finetune=x.pth"], "--finetune")])
+    (["--table=depth", "--seed=1"], "--seeds=N"), (["--table=depth", "--seeds=0"], "at least 1"), (["--table=depth", "--scale=big"], "--scale=big"),
+    (["--table=depth", "--finetune=x.pth"], "--finetune")])
 def test_mistakes_end_in_one_sentence(argv, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", *argv])
     with pytest.raises(SystemExit) as stop:
@@ -236,6 +242,16 @@ def test_tables_from_results(tmp_path, capsys):
     assert "41.0 (1)" in evaluate.table_text("components", tmp_path)
     with pytest.raises(SystemExit, match="did you mean"):
         evaluate.main(["--tables", "match"])
+
+
+def test_rows_that_are_one_run_are_not_compared(tmp_path):
+    """On shapes 12 and 24 epochs are the same schedule."""
+    folder = tmp_path / run_of(TABLES["panoptic"].rows["12 epochs"], "shapes").name
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps({"PQ": 30.0}))
+    lines = {(line["row"], line["metric"]): line for line in evaluate.compared(TABLES["panoptic"], tmp_path, "shapes")}
+    assert lines["24 epochs", "PQ"]["ours"].mean == 30 and lines["24 epochs", "PQ"]["effect"] is None
+    assert "24 epochs: at this scale the same run as '12 epochs'" in evaluate.table_text("panoptic", tmp_path, "shapes")
 
 
 def test_a_sign_needs_more_than_twice_its_standard_error():
