@@ -3,6 +3,8 @@
     python evaluate.py CHECKPOINT --data=DIR [--out=DIR]                        # scores the validation split, draws a page of pictures
     python evaluate.py CHECKPOINT --images=PATH --out=DIR [--threshold=0.3]     # a picture or a folder: overlays + predictions.json
     python evaluate.py CHECKPOINT --save_official=PATH                          # the weights under the released code's names
+    python evaluate.py CHECKPOINT --data=DIR --layers                           # scores after every decoder layer (Tables 8 and 9)
+    python evaluate.py --tables [NAME ...] [--scale=shapes] [--out=runs]        # the paper's tables beside what is in runs/
 
 CHECKPOINT is one of train.py or a released one. Also: --val_{json,images,panoptic,labels}=PATH and --classes=names.txt (instead of what --data
 finds), --val_instances=JSON (truth for the AP of a panoptic model's things; else its data's own segments), --tta (semantic models: the mean over
@@ -21,14 +23,17 @@ import io
 import json
 import math
 import os
+import statistics
 import sys
 import time
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -233,7 +238,7 @@ def resize_for_test(image: Image.Image, _, short: int, long: int) -> tuple[torch
 
 
 def evaluate(model, dataset, out: Path, *, batch_size: int = 1, workers: int = 0, per_class: bool = False, tta: bool = False,
-             things: data.CocoDataset | None = None) -> dict:
+             things: data.CocoDataset | None = None, answer: str | None = None) -> dict:
     """Runs the model over a data set and scores it, in one process or under torch.distributed.
 
     model: a MaskDINO (not wrapped in DDP) on its device; it is left in the mode (train or eval) it came in.
@@ -241,6 +246,7 @@ def evaluate(model, dataset, out: Path, *, batch_size: int = 1, workers: int = 0
     out: folder for the results in the formats of the benchmarks' servers, in pixels of the original images: results_bbox.json and results_segm.json;
     panoptic.json with panoptic/*.png; semantic/*.png, whose values are the data's category ids (of a class that the data do not know: 255, or
     65535 in 16 bits). tta: see `augmented`. things: the same images with other truth for the detections, whose category ids these then have.
+    answer: the prediction set that is scored; None: the last.
 
     Returns, the same on every rank and in 0..100, the keys of EMPTY, None for what does not apply, and "per_class": what coco_metrics,
     panoptic_metrics and semantic_metrics say of each. A panoptic model has all of it (its things are detections), a semantic one the last.
@@ -258,7 +264,7 @@ def evaluate(model, dataset, out: Path, *, batch_size: int = 1, workers: int = 0
     names, share = iter(zip(indices, _stems(dataset.file_names)[rank::world], strict=True)), []
     with _inference(model):
         for images, targets in tqdm(loader, "evaluate", unit="batch", disable=rank > 0, leave=False):
-            results = (_augment if tta else _detect)(model, images, targets, [t["original_size"] for t in targets], dataset.has_truth)
+            results = (_augment if tta else _detect)(model, images, targets, [t["original_size"] for t in targets], dataset.has_truth, answer)
             share += [record(result, *next(names)) for result in results]
     shares, answer = [share] if world == 1 else [None] * world, [None]
     if world > 1:
@@ -336,10 +342,33 @@ def _forward(model, images: torch.Tensor, sizes: list[tuple[int, int]]) -> maskd
         return model(images.to(device, non_blocking=True), sizes)
 
 
-def _detect(model, images: torch.Tensor, targets: list, sizes: list, semantic: bool = False) -> list:
-    """The model's results for a collated batch, in pixels of images of the given (H, W) sizes. semantic: also of a panoptic model."""
+def _detect(model, images: torch.Tensor, targets: list, sizes: list, semantic: bool = False, answer: str | None = None) -> list:
+    """The model's results for a collated batch, in pixels of images of the given (H, W) sizes. semantic: also of a panoptic model. answer: see `evaluate`."""
     valid = [t["size"] for t in targets]
-    return model.postprocess(_forward(model, images, valid), valid, sizes, semantic)
+    output = _forward(model, images, valid)
+    if answer:
+        output = output._replace(sets={answer: output.sets[answer]})
+    return model.postprocess(output, valid, sizes, semantic)
+
+
+def layers(model, dataset, out: Path, workers: int = 0, things: data.CocoDataset | None = None) -> dict[str, dict]:
+    """What each prediction set scores, {"selection", "initial", "layer1" ...: the keys of EMPTY}, one pass over the data for each: Tables 8 and 9.
+
+    Layer 0 of the tables is "initial": the classes and masks of query selection, and as boxes the anchors it gave, which mask-enhanced initialisation
+    has from the masks; "selection" has the tokens' own boxes. Leaves result_layers.json in `out`, beside the last set's results.
+    """
+    images, targets = data.collate([dataset[0]])
+    with _inference(model):
+        names = list(_forward(model, images, [t["size"] for t in targets]).sets)
+    first, found = not dist.is_initialized() or dist.get_rank() == 0, {}
+    for name in names:
+        if first:
+            print(f"\n{name}")
+        metrics = evaluate(model, dataset, out, workers=workers, things=things, answer=name)
+        found[name] = {key: value for key, value in metrics.items() if key in EMPTY}
+    if first:
+        (out / "result_layers.json").write_text(json.dumps(found, indent=1))
+    return found
 
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)          # of the test size; Mask2Former's for ADE20K
@@ -364,7 +393,7 @@ def _whole(image: Image.Image, _) -> tuple[torch.Tensor, None]:
     return pil_to_tensor(image), None
 
 
-def _augment(model, images: torch.Tensor, targets: list, sizes: list, _) -> list:
+def _augment(model, images: torch.Tensor, targets: list, sizes: list, *_) -> list:
     """As `_detect`, for semantic models and images that are not resized."""
     return [{"semantic": augmented(model, to_pil_image(image[:, :h, :w])).argmax(0)} for image, (h, w) in zip(images, sizes, strict=True)]
 
@@ -724,6 +753,329 @@ def _picture_files(images: Path) -> list[Path]:
     return files
 
 
+# ------------------------------------------------------------------------------------------------------- the paper's tables
+class Row(NamedTuple):
+    """A row of a table: a preset with something changed, and what the paper measured."""
+    preset: str | None                      # None: another system's recipe, paper only
+    overrides: dict
+    paper: tuple[float | None, ...]         # in the order of the table's metrics
+    base: str = ""                          # the row that it is compared with
+    layer: int | None = None                # what is read out: the prediction after this of nine decoder layers, 0 = query selection
+    remark: str = ""                        # of a row that is paper only: why, or the command that comes nearest
+
+
+class Table(NamedTuple):
+    """A table of the paper, or two that belong together."""
+    title: str
+    metrics: tuple[str, ...]                # keys of EMPTY
+    rows: dict[str, Row]
+
+
+TOKEN = dict(box_init="token")                                                                # without mask-enhanced box initialisation
+DETECTION = dict(task="detection", box_init="token", denoising="box", matching="box")
+SCALED = TOKEN | dict(levels=(8, 16, 32, 64))
+NO_PARTS = dict(box_init="token", content_queries="learned", denoising="box", matching="box")
+OBJECTS365 = "pre-train: train.py coco_instance_swinl_50ep_token --task=detection --denoising=box --matching=box --train_json=JSON --train_images=DIR " \
+             "--val_json=JSON --val_images=DIR --out=runs/objects365; then train.py {} --finetune=runs/objects365/checkpoint.pth"
+I12, I24, I50 = (f"coco_instance_r50_{epochs}ep" for epochs in (12, 24, 50))
+P12, P24, P50 = (f"coco_panoptic_r50_{epochs}ep" for epochs in (12, 24, 50))
+M50 = "mask2former_coco_instance_r50_50ep"
+TWELVE = dict(iterations=88_500, lr_drops=(81_125,))
+
+# A run is named after its preset and overrides, so that tables share it. What a row is about stands in its overrides even where the preset says the same.
+TABLES: dict[str, Table] = {
+    "combination": Table("Tables 1 and 2: why one model had not replaced two, 50 epochs", ("box_AP", "mask_AP"), {
+        "Mask2Former": Row(M50, {}, (46.2, 43.7)),
+        "Mask2Former + detection head": Row(M50, dict(detection_head=True), (21.6, 41.3), base="Mask2Former"),
+        "DINO": Row(None, {}, (50.7, None), remark="900 queries with contrastive denoising"),
+        "DINO + DETR's segmentation head": Row(None, {}, (None, 35.8), remark="another system's head"),
+        "DINO + Mask2Former's mask head": Row(None, {}, (49.9, 40.2), remark="900 queries with contrastive denoising")}),
+    "instance": Table("Table 3: instance segmentation and detection", ("mask_AP", "box_AP", "mask_AP50", "mask_AP75", "mask_APs", "mask_APm", "mask_APl"), {
+        "Mask2Former, 12 epochs": Row(M50, TWELVE, (38.7, None, 59.8, 41.2, 18.2, 41.5, 59.8)),
+        "12 epochs": Row(I12, {}, (41.4, 45.7, 62.9, 44.6, 21.1, 44.2, 61.4), base="Mask2Former, 12 epochs"),
+        "24 epochs": Row(I24, {}, (44.2, 48.4, 66.6, 47.9, 23.9, 47.0, 64.0), base="12 epochs"),
+        "Mask2Former, 50 epochs": Row(M50, {}, (43.7, 46.2, 66.0, 46.9, 23.4, 47.2, 64.8)),
+        "50 epochs, without ME, 100 queries": Row(I50, TOKEN | dict(queries=100), (45.4, 49.8, 67.9, 49.3, 25.2, 48.3, 65.8),
+                                                  base="50 epochs, without ME"),
+        "50 epochs, without ME": Row(I50, TOKEN, (46.0, 50.5, 68.9, 50.3, 26.0, 49.3, 65.5), base="Mask2Former, 50 epochs"),
+        "50 epochs": Row(I50, {}, (46.3, 51.7, 69.0, 50.7, 26.1, 49.3, 66.1), base="50 epochs, without ME"),
+        "50 epochs, hid 1024": Row("coco_instance_r50_50ep_hid1024", {}, (46.1, 51.5, *[None] * 5), base="50 epochs"),
+        "DINO, 36 epochs": Row(None, {}, (None, 50.9, *[None] * 5), remark="900 queries with contrastive denoising"),
+        "Swin-L, without ME": Row("coco_instance_swinl_50ep_token", {}, (52.1, 58.3, 76.5, 57.6, 32.9, 55.4, 72.5)),
+        "Swin-L": Row("coco_instance_swinl_50ep", {}, (52.3, 59.0, 76.6, 57.8, 33.1, 55.4, 72.6), base="Swin-L, without ME")}),
+    "panoptic": Table("Table 4: panoptic segmentation", ("PQ", "PQ_things", "PQ_stuff", "box_AP", "mask_AP"), {
+        "Mask2Former, 12 epochs": Row("mask2former_coco_panoptic_r50_50ep", TWELVE, (46.9, 52.5, 38.4, None, 37.2)),
+        "12 epochs": Row(P12, {}, (49.0, 54.8, 40.2, 43.2, 40.4), base="Mask2Former, 12 epochs"),
+        "24 epochs": Row(P24, {}, (51.5, 57.3, 42.6, 46.4, 42.8), base="12 epochs"),
+        "Mask2Former, 50 epochs": Row("mask2former_coco_panoptic_r50_50ep", {}, (51.9, 57.7, 43.0, None, 41.7)),
+        "50 epochs, 100 queries": Row(P50, dict(queries=100), (52.3, 58.3, 43.2, 47.7, 43.7), base="50 epochs"),
+        "50 epochs": Row(P50, {}, (53.0, 59.1, 43.9, 48.8, 44.3), base="Mask2Former, 50 epochs"),
+        "Swin-L": Row("coco_panoptic_swinl_50ep", {}, (58.3, 65.1, 48.0, 56.2, 50.6))}),
+    "semantic": Table("Tables 5 and 6: semantic segmentation, 100 queries, mean of three runs", ("mIoU",), {
+        "ADE20K, Mask2Former": Row("mask2former_ade20k_semantic_r50", {}, (46.1,)),
+        "ADE20K": Row("ade20k_semantic_r50", {}, (47.7,), base="ADE20K, Mask2Former"),
+        "Cityscapes, Mask2Former": Row("mask2former_cityscapes_semantic_r50", {}, (78.7,)),
+        "Cityscapes": Row("cityscapes_semantic_r50", {}, (79.8,), base="Cityscapes, Mask2Former")}),
+    "pretrained": Table("Table 7: Swin-L, pre-trained for detection on Objects365", ("mask_AP", "PQ", "mIoU"), {
+        "COCO instances": Row(None, {}, (54.5, None, None), remark=OBJECTS365.format("coco_instance_swinl_50ep --data=/data/coco")),
+        "COCO panoptic": Row(None, {}, (None, 59.4, None), remark=OBJECTS365.format("coco_panoptic_swinl_50ep --data=/data/coco")),
+        "ADE20K": Row(None, {}, (None, None, 59.5), remark=OBJECTS365.format("ade20k_semantic_r50 --data=/data/ADEChallengeData2016"))}),
+    "selection": Table("Table 8: one model, read out after each decoder layer, 50 epochs, without ME", ("mask_AP",), {
+        f"{name}, layer {n}": Row(preset, changes, (paper,), base=f"{name}, layer 9" * (n < 9), layer=n)
+        for name, preset, changes, numbers in (("Mask DINO", I50, TOKEN, (39.6, 44.0, 45.9, 46.0)), ("Mask2Former", M50, {}, (1.1, 42.3, 43.3, 43.7)))
+        for n, paper in zip((0, 3, 6, 9), numbers, strict=True)}),
+    "enhanced": Table("Table 9: mask-enhanced box initialisation (ME), 50 epochs", ("mask_AP", "box_AP"), {
+        "without ME, layer 0": Row(I50, TOKEN, (39.6, 25.6), layer=0),
+        "with ME, layer 0": Row(I50, {}, (39.8, 41.2), base="without ME, layer 0", layer=0),
+        "without ME, layer 9": Row(I50, TOKEN, (46.0, 50.5), layer=9),
+        "with ME, layer 9": Row(I50, {}, (46.3, 51.7), base="without ME, layer 9", layer=9)}),
+    "scales": Table("Table 10: feature scales given to the decoder, 50 epochs, without ME", ("box_AP", "mask_AP"), {
+        "1 scale": Row(I50, SCALED | dict(decoder_levels=1), (45.8, 45.1), base="4 scales"),
+        "3 scales": Row(I50, SCALED | dict(decoder_levels=3), (50.5, 45.8), base="4 scales"),
+        "4 scales": Row(I50, SCALED, (50.5, 46.0))}),
+    "tasks": Table("Table 11: tasks, 50 epochs, without ME", ("box_AP", "mask_AP"), {
+        "box only": Row(I50, DETECTION, (50.1, None), base="both"),
+        "mask only": Row(I50, TOKEN | dict(box_loss=False), (None, 43.3), base="both"),
+        "both": Row(I50, TOKEN, (50.5, 46.0))}),
+    "depth": Table("Table 12: decoder layers, 12 epochs, without ME", ("box_AP", "mask_AP"), {
+        f"{n} layers": Row(I12, TOKEN | dict(dec_layers=n), paper, base="9 layers" * (n != 9))
+        for n, paper in ((3, (43.1, 40.7)), (6, (44.3, 41.1)), (9, (44.5, 41.4)), (12, (44.8, 41.1)))}),
+    "matching": Table("Table 13: matching, 12 epochs, without ME", ("box_AP", "mask_AP"), {
+        "class + box": Row(I12, TOKEN | dict(matching="box"), (44.4, 40.5), base="class + box + mask"),
+        "class + mask": Row(I12, TOKEN | dict(matching="mask"), (40.2, 38.4), base="class + box + mask"),
+        "class + box + mask": Row(I12, TOKEN, (44.5, 41.4))}),
+    "decoupled": Table("Table 14: decoupled box prediction, panoptic", ("PQ", "PQ_things", "PQ_stuff", "box_AP", "mask_AP"), {
+        "12 epochs, without": Row(P12, dict(decoupled_boxes=False), (47.9, 54.0, 38.8, 42.8, 39.6), base="12 epochs, with"),
+        "12 epochs, with": Row(P12, {}, (49.0, 54.8, 40.2, 43.2, 40.4)),
+        "50 epochs, without": Row(P50, dict(decoupled_boxes=False), (52.7, 58.8, 43.5, 48.7, 44.1), base="50 epochs, with"),
+        "50 epochs, with": Row(P50, {}, (53.0, 59.1, 43.9, 48.8, 44.3))}),
+    "components": Table("Table 15: components, 12 epochs", ("box_AP", "mask_AP"), {
+        "full model": Row(I12, {}, (45.7, 41.4)),
+        "without mask-enhanced boxes (ME)": Row(I12, TOKEN, (44.5, 41.4), base="full model"),
+        "without unified query selection": Row(I12, dict(content_queries="learned"), (43.6, 40.3), base="full model"),
+        "without unified denoising": Row(I12, dict(denoising="box"), (44.4, 40.3), base="full model"),
+        "without hybrid matching": Row(I12, dict(matching="box"), (44.9, 40.5), base="full model"),
+        "without all four": Row(I12, NO_PARTS, (41.7, 38.5), base="full model")}),
+}
+# --scale=shapes: the same rows on generated data. A short schedule, the same for all rows; the rest is the shapes preset's.
+SMALL = dict(iterations=1000, warmup=100, evaluate_every=0)
+DATA = {"coco": "/data/coco", "ade20k": "/data/ADEChallengeData2016", "cityscapes": "/data/cityscapes"}
+
+
+class Run(NamedTuple):
+    """What a row trains."""
+    preset: str
+    overrides: dict
+
+    @property
+    def name(self) -> str:
+        """Its folder's: the same for everything that means the same. Where many flags by hand make it too long for a file system, it ends in a checksum."""
+        plain, seed = maskdino.preset(self.preset), self.overrides.get("seed")
+        changes = {k: v for k, v in sorted(self.overrides.items()) if getattr(plain, k) != v and k != "seed"}
+        name = "".join([self.preset, *(f"--{k}={_flag(v)}" for k, v in changes.items())])
+        short = name if len(name) <= 200 else f"{name[:180]}--{zlib.crc32(name.encode()):08x}"
+        return short + (f"--seed={seed}" if seed else "")
+
+    def data(self, where: str | None) -> str | None:
+        """Its --data: the folder given, or what is in it under the usual name, since a table may need two data sets."""
+        usual = next((folder for kind, folder in DATA.items() if kind in self.preset), None)
+        inside = Path(where, Path(usual).name) if where and usual else None
+        return str(inside) if inside and inside.is_dir() else where or usual
+
+    def command(self, root: Path, where: str | None = None) -> str:
+        """What trains it, or goes on with it. where: --data, if it is known."""
+        words = [f"--{k}={_flag(v)}" for k, v in self.overrides.items()] + [f"--out={root / self.name}", "--resume"]
+        words += [f"--data={where}"] if (where := self.data(where)) else []
+        return " ".join(["python" if "shapes" in self.preset else "torchrun --standalone --nproc_per_node=8", "train.py", self.preset, *words])
+
+
+def _flag(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def run_of(row: Row, scale: str | None = None, by_hand: dict | None = None) -> Run | None:
+    """The run that a row asks for at a scale; None: paper only, or nothing that small. Raises ConfigError for an unknown scale.
+
+    by_hand: overrides of every row, which lose against the row's own.
+    """
+    by_hand = by_hand or {}
+    if scale not in (None, "shapes"):
+        raise maskdino.ConfigError(f"--scale={scale}: there is shapes, or leave it out for the paper's size")
+    if row.preset is None or scale is None:
+        return row.preset and Run(row.preset, by_hand | row.overrides)
+    full, changes = maskdino.preset(row.preset), {k: v for k, v in row.overrides.items() if k not in TWELVE}
+    if full.backbone != "resnet50" or "hid1024" in row.preset:
+        return None
+    name = ("" if full.model == "maskdino" else f"{full.model}_") + ("shapes" if full.task == "instance" else f"shapes_{full.task}")
+    if "queries" in changes:                                                                  # a third is a third
+        changes["queries"] = round(changes["queries"] / full.queries * maskdino.preset(name).queries)
+    return Run(name, SMALL | by_hand | changes)
+
+
+def find_table(name: str) -> Table:
+    """The table of this name. Raises ConfigError for an unknown one, naming the nearest."""
+    if name not in TABLES:
+        raise maskdino.ConfigError(f"there is no table '{name}'{maskdino.nearest(name, TABLES)}; there are {', '.join(TABLES)}")
+    return TABLES[name]
+
+
+class Cell(NamedTuple):
+    """A metric's mean over seeds, its standard deviation (None of one seed) and their number."""
+    mean: float
+    spread: float | None
+    seeds: int
+
+
+def cells_of(row: Row, metrics: tuple[str, ...], root: Path, scale: str | None, by_hand: dict | None = None) -> list[Cell | None]:
+    """What was measured for a row, from result.json (of read-outs result_layers.json) of every seed; None where nothing was."""
+    run = run_of(row, scale, by_hand)
+    results = [] if run is None else _results(root, run, row.layer)
+    cells = []
+    for metric in metrics:
+        known = [result[metric] for result in results if result.get(metric) is not None]
+        cells.append(Cell(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known)) if known else None)
+    return cells
+
+
+def _results(root: Path, run: Run, layer: int | None) -> list[dict]:
+    """The results of a run, one for each seed."""
+    folders = [root / run.name, *(f for f in root.glob(f"{run.name}--seed=*") if f.name.rpartition("=")[2].isdigit() and f.name.count("--seed=") == 1)]
+    if layer is None:
+        return [json.loads((f / "result.json").read_text()) for f in folders if (f / "result.json").exists()]
+    depth = layer * maskdino.preset(run.preset, **run.overrides).dec_layers // 9
+    found = [json.loads((f / "result_layers.json").read_text()) for f in folders if (f / "result_layers.json").exists()]
+    return [sets[f"layer{depth}" if depth else "initial"] for sets in found]
+
+
+def effect(ours: Cell | None, base: Cell | None) -> tuple[float, float | None] | None:
+    """Difference of a row to its base row and its standard error (None with fewer than two seeds on a side)."""
+    if ours is None or base is None:
+        return None
+    known = ours.spread is not None and base.spread is not None
+    return ours.mean - base.mean, math.sqrt(ours.spread ** 2 / ours.seeds + base.spread ** 2 / base.seeds) if known else None
+
+
+def verdict(paper: float, ours: tuple[float, float | None] | None) -> str:
+    """Is the paper's sign reproduced? Only a difference of more than twice its standard error has a sign."""
+    if ours is None or paper == 0:
+        return ""
+    difference, error = ours
+    if error is None or abs(difference) <= 2 * error:
+        return "not resolved"
+    return "reproduced" if (difference > 0) == (paper > 0) else "contrary"
+
+
+def compared(table: Table, root: Path, scale: str | None, by_hand: dict | None = None) -> list[dict]:
+    """A table as lines, one for each row and metric: {row, metric, paper, ours (Cell), paper_effect, effect, verdict}, None where there is nothing."""
+    cells = {name: dict(zip(table.metrics, cells_of(row, table.metrics, root, scale, by_hand), strict=True)) for name, row in table.rows.items()}
+    source = {name: (run.name if (run := run_of(row, scale, by_hand)) else name, row.layer) for name, row in table.rows.items()}
+    lines = []
+    for name, row in table.rows.items():
+        for i, metric in enumerate(table.metrics):
+            line = {"row": name, "metric": metric, "paper": row.paper[i], "ours": cells[name][metric], "paper_effect": None, "effect": None, "verdict": ""}
+            if row.base and source[name] != source[row.base]:                                 # at a small scale two rows may be one run
+                line["effect"] = effect(line["ours"], cells[row.base][metric])
+                if None not in (row.paper[i], base := table.rows[row.base].paper[i]):
+                    line["paper_effect"] = round(row.paper[i] - base, 1)
+                    line["verdict"] = verdict(line["paper_effect"], line["effect"])
+            if line["paper"] is not None or line["ours"]:
+                lines.append(line)
+    return lines
+
+
+def table_text(name: str, root: Path, scale: str | None = None, by_hand: dict | None = None, where: str | None = None) -> str:
+    """A table as text: paper, ours (mean and spread over seeds), their difference; the differences to the base row; a command for each missing row."""
+    table, missing, names = find_table(name), {}, {}
+    grid = [("", "metric", "paper", "ours", "difference", "paper's effect", "ours", "sign")]
+    for line in compared(table, root, scale, by_hand):
+        ours, (own, error) = line["ours"], line["effect"] or (None, None)
+        grid.append((line["row"], line["metric"], _number(line["paper"]), f"{ours.mean:.1f}{_spread(ours.spread)} ({ours.seeds})" if ours else "",
+                     _number(ours.mean - line["paper"], "+") if ours and line["paper"] is not None else "", _number(line["paper_effect"], "+"),
+                     _number(own, "+") + _spread(error), line["verdict"]))
+    for label, row in table.rows.items():
+        run = run_of(row, scale, by_hand)
+        if run is None:
+            missing[label] = "paper only: " + row.remark if row.preset is None else "only at the paper's size"
+        elif names.setdefault((run.name, row.layer), label) != label:
+            missing[label] = f"at this scale the same run as '{names[run.name, row.layer]}'"
+        elif not any(cells_of(row, table.metrics, root, scale, by_hand)):
+            missing[label] = run.command(root, where) if row.layer is None or not _results(root, run, None) else \
+                f"python evaluate.py {root / run.name / 'checkpoint.pth'} --layers --data={run.data(where) or 'DIR'}"
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    lines = ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, "<<>>>>><", widths, strict=True)).rstrip() for line in grid]
+    return "\n".join([f"{name}: {table.title}" + f", at scale {scale}" * bool(scale), *lines, *(f"  {label}: {what}" for label, what in missing.items())])
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "" if value is None else f"{value:{sign}.1f}"
+
+
+def _spread(value: float | None) -> str:
+    return "" if value is None else f" ± {value:.1f}"
+
+
+def bars(table: Table, lines: list[dict], path: Path) -> None:
+    """Draws the effects in a table's lines (see `compared`), the paper's beside ours with twice the standard error, a panel for each metric.
+
+    Nothing to draw, no picture.
+    """
+    lines = [line for line in lines if line["paper_effect"] is not None]
+    metrics = [metric for metric in table.metrics if any(line["metric"] == metric for line in lines)]
+    if not any(line["effect"] for line in lines):
+        return
+    names, zoom, width, step = list(dict.fromkeys(line["row"] for line in lines)), 2, 380, 44
+    text = partial(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength, font=_font(13 * zoom))
+    label = max(text(name) for name in names) / zoom + 36
+    sheet = Image.new("RGB", (round(zoom * (label + width * len(metrics))), zoom * (96 + step * len(names))), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((24 * zoom, 26 * zoom), table.title, fill="black", font=_font(17 * zoom), anchor="lm")
+    for i, name in enumerate(names):
+        draw.text(((label - 8) * zoom, (70 + step * (i + 0.5)) * zoom), name, fill="#333333", font=_font(13 * zoom), anchor="rm")
+    for i, metric in enumerate(metrics):
+        rows = {line["row"]: line for line in lines if line["metric"] == metric}
+        _panel(draw, [zoom * v for v in (label + i * width, 70, width - 24, step * len(names))], metric, [rows.get(name) for name in names], zoom)
+    sheet.resize((sheet.width // zoom, sheet.height // zoom), Image.Resampling.LANCZOS).save(path)
+
+
+def _panel(draw: ImageDraw.ImageDraw, area: list, metric: str, lines: list[dict | None], zoom: int) -> None:
+    """Two horizontal bars for each line, the paper's above ours. area: (x, y, width, height)."""
+    x0, y0, width, height = area
+    ends = [0.0]
+    for line in filter(None, lines):
+        ours, error = line["effect"] or (0.0, None)
+        ends += [line["paper_effect"], ours - 2 * (error or 0), ours + 2 * (error or 0)]
+    low, high = min(ends) * 1.05 - 0.1, max(ends) * 1.05 + 0.1
+
+    def place(value: float) -> float:
+        return x0 + width * (value - low) / (high - low)
+    for value in _ticks(low, high, False):
+        draw.line((place(value), y0, place(value), y0 + height), fill="#e4e4e4", width=zoom)
+        draw.text((place(value), y0 + height + 12 * zoom), f"{value:g}", fill="#333333", font=_font(13 * zoom), anchor="mm")
+    for i, (name, ink) in enumerate((("paper", "#999999"), ("ours", INKS[0]))):
+        draw.text((x0 + (80 + 60 * i) * zoom, y0 - 16 * zoom), name, fill=ink, font=_font(13 * zoom), anchor="lm")
+    draw.text((x0, y0 - 16 * zoom), metric, fill="black", font=_font(13 * zoom), anchor="lm")
+    step, half = height / len(lines), 9 * zoom
+    for i, line in enumerate(lines):
+        middle = y0 + step * (i + 0.5)
+        if line:
+            paper = place(line["paper_effect"])
+            draw.rectangle((min(place(0), paper), middle - half, max(place(0), paper), middle), "#999999")
+        if line and line["effect"]:
+            ours, error = line["effect"]
+            draw.rectangle((min(place(0), place(ours)), middle, max(place(0), place(ours)), middle + half), INKS[0])
+            if error is not None:
+                draw.line((place(ours - 2 * error), middle + half / 2, place(ours + 2 * error), middle + half / 2), fill="black", width=zoom)
+    draw.line((place(0), y0, place(0), y0 + height), fill="#333333", width=zoom)
+
+
+def show_tables(names: list[str], root: Path, scale: str | None = None, by_hand: dict | None = None, where: str | None = None) -> None:
+    """Prints tables (none named: all) from what is in `root`, and draws those of which something has been measured there: NAME.png, NAME_SCALE.png."""
+    for name in names or TABLES:
+        print(table_text(name, root, scale, by_hand, where), end="\n\n")
+        path = root / (f"{name}_{scale}.png" if scale else f"{name}.png")
+        bars(TABLES[name], compared(TABLES[name], root, scale, by_hand), path)
+
+
 # -------------------------------------------------------------------------------------------------------------- processes
 @dataclass(frozen=True)
 class World:
@@ -770,7 +1122,7 @@ def choose_device(name: str | None = None) -> torch.device:
 # ----------------------------------------------------------------------------------------------------------- command line
 PATHS = ("val_json", "val_images", "val_panoptic", "val_labels", "classes", "val_instances")
 ACTIONS = {"data": str, "out": str, "images": str, "threshold": float, "per_class": bool, "batch_size": int, "device": str, "save_official": str,
-           "tta": bool} | dict.fromkeys(PATHS, str)
+           "tta": bool, "layers": bool, "tables": bool, "scale": str} | dict.fromkeys(PATHS, str)
 DEFAULTS = dict.fromkeys(ACTIONS) | {"threshold": 0.3, "per_class": False, "batch_size": 1, "tta": False}
 OVERRIDES = ("max_images", "test_short", "test_long", "detections", "workers", "precision", "object_threshold", "overlap_threshold", "temperature",
              "box_init", "queries", "sampling_steps", "sampling_eta", "seed")
@@ -787,6 +1139,10 @@ def _parse(argv: list[str]) -> tuple[str, dict, dict]:
         raise maskdino.ConfigError(f"--{fixed[0]} comes from the checkpoint; at evaluation there are --{', --'.join(OVERRIDES)}")
     if not 0 <= actions["threshold"] <= 1:
         raise maskdino.ConfigError(f"--threshold={actions['threshold']:g}: a score is between 0 and 1")
+    if actions["scale"]:
+        raise maskdino.ConfigError("--scale goes with --tables")
+    if actions["layers"] and (actions["tta"] or actions["images"] or actions["save_official"]):
+        raise maskdino.ConfigError("--layers scores on the validation split: give --data=DIR alone, without --tta")
     wanted = [actions["images"], actions["data"] or actions["val_json"] or actions["val_labels"], actions["save_official"]]
     if sum(map(bool, wanted)) != 1 or actions["images"] and not actions["out"]:
         raise maskdino.ConfigError("give one of --data=DIR (scores on its validation split), --images=PATH --out=DIR (own pictures), --save_official=PATH")
@@ -806,6 +1162,9 @@ def _evaluate_data(model, checkpoint: Path, actions: dict, max_images: int, worl
         print(dataset.source)
         if missing := _missing(model.classes, dataset):
             print(f"classes are matched by name; {missing}")
+    if actions["layers"]:
+        layers(model, dataset, out, config.workers, things)
+        return
     start = time.perf_counter()
     metrics = evaluate(model, dataset, out, batch_size=actions["batch_size"], workers=config.workers, per_class=actions["per_class"], tta=actions["tta"],
                        things=things)
@@ -828,6 +1187,9 @@ def main(argv: list[str] | None = None) -> None:
     if "--help" in argv:
         return print(__doc__)
     try:
+        words, actions, overrides = maskdino.parse_overrides(argv, ACTIONS)
+        if actions.get("tables"):
+            return show_tables(words, Path(actions.get("out", "runs")), actions.get("scale"), overrides, actions.get("data"))
         checkpoint, actions, overrides = _parse(argv)
         world = start_world(actions["device"])
         model, _ = maskdino.load(checkpoint, world.device, **overrides)

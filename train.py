@@ -4,10 +4,13 @@
     python train.py --list                                                      # all presets
     torchrun --standalone --nproc_per_node=8 train.py coco_instance_r50_50ep --data=/data/coco
     python train.py coco_instance_r50_12ep --data=/data/mine --epochs=20 --total_batch=4 --accumulate=2 --image_size=512
+    torchrun --standalone --nproc_per_node=8 train.py --table=components --data=/data/coco     # the rows of a table of the paper, one after the other
+    python train.py --table=components --scale=shapes --seeds=3                                 # the same rows, small, on generated data; --dry_run
 
 Every field of `maskdino.Config` is a flag. Beside them: --data=DIR or --{train,val}_{json,images}=PATH, --out=DIR (runs/PRESET), --epochs=N (instead of
 iterations; learning rate drops at the same fractions), --resume (goes on from the run's checkpoint if there is one, else starts), --overwrite, --device,
 --finetune=CKPT (a checkpoint of ours, a released one, or a detection checkpoint of DINO: starts from its weights, classes matched by name).
+--table=NAME (of evaluate.TABLES) instead of a preset: flags of Config then go to all rows, and --out is the folder of their folders (runs).
 
 A run leaves config.json, log.jsonl, checkpoint.pth, result.json, results_{bbox,segm}.json, predictions.png and curves.png.
 
@@ -47,10 +50,11 @@ from losses import Criterion
 from maskdino import Config, ConfigError, MaskDINO
 
 ACTIONS = {"help": bool, "list": bool, "data": str, "out": str, "resume": bool, "overwrite": bool, "epochs": float, "device": str, "finetune": str,
-           "classes": str} | {f"{split}_{kind}": str for split in ("train", "val") for kind in data.FLAGS}
+           "classes": str, "table": str, "scale": str, "seeds": int,
+           "dry_run": bool} | {f"{split}_{kind}": str for split in ("train", "val") for kind in data.FLAGS}
 SHAPES = Path("datasets/shapes")                                        # where the generated data set lives
-RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pth", "result.json", "results_bbox.json", "results_segm.json", "panoptic.json", "predictions.png",
-             "curves.png")
+RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pth", "result.json", "result_layers.json", "results_bbox.json", "results_segm.json", "panoptic.json",
+             "predictions.png", "curves.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------- optimizer
@@ -365,6 +369,8 @@ def finish(state: State, config: Config, name: str, overrides: dict, out: Path, 
 def run(name: str, overrides: dict, actions: dict, world: World) -> dict:
     """One whole run: data, model, training, evaluation. Returns its result.json."""
     config = maskdino.preset(name, **overrides)
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)            # a table trains several runs in one process
     check_batch(config, world)
     out = Path(actions.get("out") or Path("runs") / name)
     checkpoint = prepare_folder(out, actions)
@@ -400,6 +406,67 @@ def run(name: str, overrides: dict, actions: dict, world: World) -> dict:
     return finish(state, config, name, overrides, out, world, epochs, evaluation)
 
 
+# ---------------------------------------------------------------------------------------------------------------- the paper's tables
+def jobs_of(table: evaluate.Table, scale: str | None, by_hand: dict, seeds: int) -> dict[str, tuple[evaluate.Run, list[str], bool]]:
+    """What a table trains, by folder: the run, the rows that want it, whether they want its layers read out. All rows of a seed before the next one."""
+    jobs = {}
+    for seed in range(seeds):
+        for label, row in table.rows.items():
+            if run := evaluate.run_of(row, scale, by_hand | ({"seed": seed} if seed else {})):
+                _, labels, layers = jobs.get(run.name, (run, [], False))
+                jobs[run.name] = run, [*labels, label], layers or row.layer is not None
+    return jobs
+
+
+def run_table(name: str, overrides: dict, actions: dict, world: World) -> None:
+    """Trains the rows of a table that have no result.json yet, reads out layers where rows want that, prints and draws the table.
+
+    A row that was stopped goes on from its checkpoint, so the same command is safe to repeat.
+    """
+    table, root, scale = evaluate.find_table(name), Path(actions.get("out") or "runs"), actions.get("scale")
+    if wrong := [key for key in ("epochs", "finetune", "resume", "overwrite") if key in actions] + ["seed"] * ("seed" in overrides):
+        raise ConfigError(f"--{wrong[0]} does not go with --table, whose rows say how they train; it always resumes, and --seeds=N trains seeds 0 to N - 1")
+    if actions.get("seeds", 1) < 1:
+        raise ConfigError(f"--seeds={actions['seeds']}: how many, at least 1")
+    jobs = jobs_of(table, scale, overrides, actions.get("seeds", 1))
+    if actions.get("dry_run"):
+        if world.first:
+            print(plan(jobs, root, actions.get("data")))
+        return
+    for folder, (run_, labels, layers) in jobs.items():
+        where = {k: v for k, v in actions.items() if k not in ("table", "scale", "seeds", "out")} | {"out": str(root / folder)}
+        if "data" in actions:
+            where["data"] = run_.data(actions["data"])
+        if world.first:
+            print(f"\n{name}: {', '.join(labels)}, seed {run_.overrides.get('seed', 0)}: {root / folder}")
+        if not (root / folder / "result.json").exists():
+            run(run_.preset, run_.overrides, where | {"resume": True}, world)
+        if layers and not (root / folder / "result_layers.json").exists():
+            model, _ = maskdino.load(root / folder / "checkpoint.pth", world.device)
+            evaluate.layers(model, open_data(model.config, where, world, run_.preset)[1], root / folder, model.config.workers)
+    if world.first:
+        print()
+        evaluate.show_tables([name], root, scale, overrides, actions.get("data"))
+
+
+def plan(jobs: dict, root: Path, where: str | None) -> str:
+    """What a table would train, with commands and hours. The speed is that of the rows that are finished; of shapes, before one is, the README's."""
+    lines, total, done = [], 0.0, [file for folder in jobs if (file := root / folder / "result.json").exists()]
+    if not done and all("shapes" in run_.preset for run_, _, _ in jobs.values()):
+        done = [Path(__file__).parent / "assets" / "shapes.json"]
+    speeds = [speed for file in done if (speed := json.loads(file.read_text())["images_per_second"])]
+    speed = sum(speeds) / len(speeds) if speeds else None
+    for folder, (run_, labels, layers) in jobs.items():
+        config, there = maskdino.preset(run_.preset, **run_.overrides), root / folder
+        state = "done" if (there / "result.json").exists() else "resumes" if (there / "checkpoint.pth").exists() else "to do"
+        hours = (config.max_steps or config.iterations) * config.total_batch / speed / 3600 if speed else None
+        total += (hours or 0) * (state != "done")
+        lines += [f"{', '.join(labels)}, seed {config.seed}: {state}" + (f", {hours:.2f} hours" if hours and state != "done" else "") +
+                  ", then its layers are read out" * layers, f"    {run_.command(root, where)}"]
+    estimate = f"about {total:.1f} hours at {speed:.1f} images/s" if speed else "time unknown until a row has run"
+    return "\n".join([*lines, f"{len(jobs)} runs, {estimate}, evaluation not counted"])
+
+
 def list_presets() -> str:
     width = max(map(len, maskdino.PRESETS))
     return "\n".join(f"{name:{width}}  {row['about']}" for name, row in maskdino.PRESETS.items())
@@ -415,6 +482,12 @@ def main() -> None:
         if len(words) > 1:
             raise ConfigError(f"one preset at a time, not {' and '.join(words)}")
         world = start_world(actions.get("device"))
+        if "table" in actions:
+            if words:
+                raise ConfigError(f"--table={actions['table']} brings its own presets: leave out {words[0]}")
+            return run_table(actions["table"], overrides, actions, world)
+        if wrong := {"scale", "seeds", "dry_run"} & actions.keys():
+            raise ConfigError(f"--{min(wrong)} goes with --table=NAME")
         run(words[0] if words else "shapes", overrides, actions, world)
     except (ConfigError, data.DataError) as error:
         sys.exit(evaluate.sentence(error))

@@ -766,6 +766,8 @@ def test_released_names_there_and_back(tmp_path, capsys):
     (["CKPT", "--data=x", "--device=toaster"], "toaster"),
     (["CKPT", "--data=x", "--tta"], "--tta is for semantic models"),
     (["CKPT", "--data=x", "--val_instances=y.json"], "--val_instances is for panoptic models"),
+    (["CKPT", "--data=x", "--layers", "--tta"], "without --tta"),
+    (["CKPT", "--data=x", "--scale=shapes"], "--scale goes with --tables"),
 ])
 def test_mistakes_end_in_one_sentence(checkpoint, argv, words):
     with pytest.raises(SystemExit) as stop:

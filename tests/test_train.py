@@ -55,7 +55,7 @@ def log(out, kind="step"):
 # ---------------------------------------------------------------------------------------------------------------- runs
 def test_a_run_leaves_what_the_contract_says(shapes, tmp_path):
     result = run(shapes, tmp_path / "r", max_steps=3)
-    for name in set(train.RUN_FILES) - {"panoptic.json"}:
+    for name in set(train.RUN_FILES) - {"panoptic.json", "result_layers.json"}:
         assert (tmp_path / "r" / name).stat().st_size > 0, name
     assert json.loads((tmp_path / "r" / "result.json").read_text()) == result
     wanted = {"preset", "overrides", "seed", "git", "device", "versions", "world_size", "steps", "seconds", "images_per_second", "peak_memory", "params",
