@@ -121,6 +121,16 @@ def time_embedding(t: Tensor, channels: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------- the model
+class Pooling(nn.Module):
+    """Mean pixel embeddings inside noisy masks: m (B, Q, 2h, 2w) in 0 ... 1, pixels (B, C, h, w) -> content (B, Q, C)."""
+
+    def forward(self, m: Tensor, pixels: Tensor) -> Tensor:
+        with contextlib.nullcontext() if pixels.is_meta else torch.autocast(pixels.device.type, enabled=False):          # sums over a whole map
+            inside = to_cells(m)                                        # (B, Q, h, w)
+            total = inside.sum((2, 3))[..., None]
+            return torch.einsum("bqhw,bchw->bqc", inside, pixels.to(inside)) / torch.where(total == 0, 1, total)
+
+
 class DFormer(Segmenter):
     """Figure 2. Images (B, 3, H, W) uint8 RGB, padded right and below to a multiple of 32, and their true sizes -> Output."""
 
@@ -129,6 +139,7 @@ class DFormer(Segmenter):
         if strides_read(config)[1] == 4:
             raise ConfigError("DFormer's first layer sees a coarser level than the finest: add one of stride 8 or more to --levels")
         C = config.hidden
+        self.pool = Pooling()
         self.decoder = MaskedDecoder(config)
         self.time = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, 4 * C))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(4 * C, 2 * C))                     # one for all layers
@@ -147,10 +158,7 @@ class DFormer(Segmenter):
 
     def denoise(self, m: list[Tensor], t: Tensor, scales: list[Scale], pixels: Tensor) -> dict[str, Prediction]:
         """Noisy masks m in 0 ... 1, (B, Q, h, w) at the two strides, at times t (B,) -> the predictions of all layers."""
-        with contextlib.nullcontext() if pixels.is_meta else torch.autocast(pixels.device.type, enabled=False):          # sums over a whole map
-            inside = to_cells(m[0])                                     # (B, Q, H / 4, W / 4)
-            total = inside.sum((2, 3))[..., None]
-            content = torch.einsum("bqhw,bchw->bqc", inside, pixels.to(inside)) / torch.where(total == 0, 1, total)
+        content = self.pool(m[0], pixels)
         blocked = outside(to_cells(m[1]).flatten(2) - 0.5) if self.config.masked_attention else None        # the paper compares before it resizes
         modulation = self.modulation(self.time(time_embedding(t, content.shape[-1])))[:, None].chunk(2, -1)
         return self.decoder(content, scales, self.heads, blocked, modulation)
@@ -206,5 +214,6 @@ def names_of(name: str, config: Config) -> list[str]:
 
 def rooms(model: DFormer, seen: dict) -> list[tuple]:
     """Rows of the tour between pixel decoder and heads."""
-    return [("time", seen["time"], "time", f"how noisy the masks are; from here to the heads, x {model.config.sampling_steps} sampling steps"),
+    return [("content", seen["pool"], "pool", "mean pixel embeddings inside noisy masks"),
+            ("time", seen["time"], "time", f"how noisy the masks are; from here to the heads, x {model.config.sampling_steps} sampling steps"),
             ("modulation", seen["modulation"], "modulation", "scale and shift of the queries after each layer"), *decoder_rooms(model, seen)]

@@ -2,6 +2,7 @@
 
     python evaluate.py CHECKPOINT --data=DIR [--out=DIR]                        # scores the validation split, draws a page of pictures
     python evaluate.py CHECKPOINT --images=PATH --out=DIR [--threshold=0.3]     # a picture or a folder: overlays + predictions.json
+    python evaluate.py CHECKPOINT --images=PATH --out=DIR --explain             # a page each: from query selection to the last layer
     python evaluate.py CHECKPOINT --save_official=PATH                          # the weights under the released code's names
     python evaluate.py CHECKPOINT --data=DIR --layers                           # scores after every decoder layer (Tables 8 and 9)
     python evaluate.py --tables [NAME ...] [--scale=shapes] [--out=runs]        # the paper's tables beside what is in runs/
@@ -25,6 +26,7 @@ import math
 import os
 import statistics
 import sys
+import textwrap
 import time
 import zlib
 from collections import Counter, defaultdict
@@ -51,6 +53,7 @@ from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 import data
+import kernels
 import maskdino
 
 # ---------------------------------------------------------------------------------------------------------------- numbers
@@ -591,14 +594,18 @@ def _pair(dataset, index: int, model, threshold: float, side: int) -> list[Image
     """Truth and prediction of one image, drawn."""
     image, target = dataset[index]
     result = _detect(model, *data.collate([(image, target)]), [target["size"]])[0]
-    names, (H, W) = list(dict.fromkeys([*model.classes["names"], *dataset.class_names])), target["size"]
-    labels, masks = [names.index(dataset.class_names[k]) for k in target["labels"].tolist()], target["masks"].bool()
-    if model.config.task in MAPS:
-        truth = overlay_map(image, _stacked(masks), labels, names, side)
-    else:
-        boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor([W, H, W, H])
-        truth = overlay(image, labels, None, boxes, masks if "masks" in result else None, names, side)
+    names = list(dict.fromkeys([*model.classes["names"], *dataset.class_names]))
+    truth = _truth(image, target, [names.index(dataset.class_names[k]) for k in target["labels"].tolist()], names, model.config.task, side)
     return [to_pil_image(truth), to_pil_image(_drawn(image, result, names, threshold, side))]
+
+
+def _truth(image: torch.Tensor, target: dict, labels: list[int], names: list[str], task: str, side: int) -> torch.Tensor:
+    """A target on its image, which may be padded right and below. labels: those of the target, as indices into names."""
+    (_, H, W), (h, w) = image.shape, target["size"]
+    image, masks = image[:, :h, :w], target["masks"][:, :h, :w].bool().cpu()
+    if task in MAPS:
+        return overlay_map(image, _stacked(masks), labels, names, side)
+    return overlay(image, labels, None, maskdino.in_pixels(target["boxes"], H, W), masks if task != "detection" else None, names, side)
 
 
 def _drawn(image: torch.Tensor, result: dict, names: list[str], threshold: float, side: int = 0) -> torch.Tensor:
@@ -705,9 +712,380 @@ def _chart(draw: ImageDraw.ImageDraw, area: list, title: str, series: dict, zoom
             x += 34 * zoom + draw.textlength(name, _font(13 * zoom))
 
 
+# ----------------------------------------------------------------------------------------------------------- how it thinks
+# A look inside a model (maskdino.recording) as a page of pictures. Told apart without colours, too: what was before is dashed, what came out is solid;
+# heat maps and the dots of coarse and fine levels are scales of lightness.
+INSIDE = r"|pixel_decoder|query_selection|heads(\.class_head)?|label_embed|pool|decoder(\.layers\.\d+(\.cross_attn\.(sampling_offsets|attention_weights))?)?"
+HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))            # ever lighter
+SIDE, ZOOM = 190, 2                                                                           # of a tile in pixels; it is drawn larger and reduced
+
+
+class Stage(NamedTuple):
+    """A row of the page: what one place of the model says about n queries, and what it had to look at. Boxes are cxcywh in 0..1 of the padded image."""
+    name: str
+    said: maskdino.Prediction                   # logits (n, K), boxes (n, 4), embeddings (n, C)
+    cells: torch.Tensor | None = None           # (n, 4) the tokens that were selected
+    before: torch.Tensor | None = None          # (n, 4) boxes that it moved: proposals, anchors
+    points: torch.Tensor | None = None          # (n, M, L, P, 2) where deformable attention looked, (x, y) in 0..1
+    weights: torch.Tensor | None = None         # (n, M, L, P) how much it took from there
+    seen: torch.Tensor | None = None            # (n, h, w) in 0..1: what an attention mask or a noisy mask let through
+
+
+class Tokens(NamedTuple):
+    """What query selection had to choose from."""
+    scores: torch.Tensor                        # (S,) of the best class
+    proposals: torch.Tensor                     # (S, 4)
+    cells: torch.Tensor                         # (S, 4)
+    chosen: torch.Tensor                        # (Q,) the tokens that became queries 0, 1, 2 ...
+    shapes: list[tuple[int, int]]
+
+
+def tokens_of(model, record: dict) -> Tokens | None:
+    """Query selection in a recorded look at one image; None where queries are learned."""
+    selection = record.get("query_selection")
+    if not selection or selection[0].gave[2] is None:
+        return None
+    memory, shapes = selection[0].given[:2]
+    best, proposals = record["heads.class_head"][0].gave.amax(-1), model.query_selection.proposals(shapes, memory)
+    sizes = torch.cat([proposals.new_tensor([1 / w, 1 / h]).expand(h * w, 2) for h, w in shapes])
+    return Tokens(best[0].float().sigmoid(), proposals, torch.cat([proposals[:, :2], sizes], 1), best.topk(selection[0].gave[0].shape[1]).indices[0], shapes)
+
+
+def stages(model, record: dict, queries: torch.Tensor) -> list[Stage]:
+    """A recorded look at one image as rows about some queries (n,), which keep their index from selection to the last layer."""
+    output, tokens, found = record[""][0].gave, tokens_of(model, record), []
+    layers = len(model.decoder.layers)
+    for step, call in enumerate(record.get("pool", ()), 1):                                   # DFormer: the prediction that ended a sampling step
+        said = record["heads"][step * layers - 1].gave
+        found.append(Stage(f"sampling step {step}", _some(said, queries), seen=call.given[0][0, queries]))
+    for name, said in output.sets.items():
+        stage = Stage({"selection": "query selection", "initial": "initial prediction"}.get(name, name.replace("r", "r ")), _some(said, queries))
+        if name == "selection":
+            chosen = tokens.chosen[queries]
+            stage = stage._replace(cells=tokens.cells[chosen], before=tokens.proposals[chosen])
+        elif name == "initial" and tokens:
+            stage = stage._replace(before=output.sets["selection"].boxes[0, queries])
+        elif name != "initial":
+            stage = stage._replace(**_looked(model, record, f"decoder.layers.{int(name[5:]) - 1}", queries))
+        found.append(stage)
+    return found
+
+
+def _some(said: maskdino.Prediction, queries: torch.Tensor) -> maskdino.Prediction:
+    return maskdino.rows(maskdino.rows(said, 0, 0), queries, 0)
+
+
+def _looked(model, record: dict, name: str, queries: torch.Tensor) -> dict:
+    """Where a decoder layer looked, as fields of Stage: anchors and sampling points, or the sibling's attention mask."""
+    given = record[name][-1].given
+    if f"{name}.cross_attn.sampling_offsets" in record:
+        offsets, logits = (record[f"{name}.cross_attn.{part}"][0].gave[:1, queries] for part in ("sampling_offsets", "attention_weights"))
+        anchors, shape = given[2][:1, queries], model.decoder.layers[0].cross_attn.shape
+        points = kernels.sampling_locations(given[4], anchors, offsets.unflatten(-1, (*shape, 2)))
+        return {"before": anchors[0], "points": points[0], "weights": logits.float().unflatten(-1, shape).flatten(3).softmax(-1).view(-1, *shape)}
+    if given[4] is None:
+        return {}
+    shapes, order = record["pixel_decoder"][0].gave[1], model.decoder.levels
+    h, w = shapes[order[-1 - int(name.rpartition(".")[2]) % len(order)] if model.config.round_robin else order[0]]
+    return {"seen": (~given[4])[0, queries, :h * w].unflatten(-1, (h, w)).float()}            # of all levels at once the finest
+
+
+def explain(model, record: dict, path: Path, count: int = 3) -> None:
+    """Saves a page about a recorded look at one image: what the model thought of its `count` strongest queries, one a column, place by place.
+
+    record: what maskdino.recording(model, evaluate.INSIDE) kept of one model(images (1, 3, H, W), [size]).
+    """
+    (images, [size]), output = record[""][0]
+    last, tokens = maskdino.rows(list(output.sets.values())[-1], 0, 0), tokens_of(model, record)
+    queries = maskdino.class_probabilities(last.logits, model.config.class_loss).amax(-1).topk(min(count, len(last.logits))).indices
+    rows, picture, whole = stages(model, record, queries), to_pil_image(images[0].cpu()), _Window.around(None, size, output.padded)
+    maps = [None if output.pixels is None else maskdino.mask_logits(row.said.embeddings[None].float(), output.pixels[:1].float())[0].cpu() for row in rows]
+    columns = []
+    for k in range(len(queries)):
+        boxes = [box[k] for row in rows for box in (row.said.boxes, row.cells, row.before) if box is not None]
+        columns.append(_Window.around(torch.stack(boxes).cpu().float(), size, output.padded) if boxes else whole)
+    strip = [("the answers", _answers(images[0], size, output.padded, rows[-1].said.boxes, maps[-1]))]
+    strip += _token_maps(tokens, queries, whole) if tokens else []
+    strip += [("pixel embeddings", _embedding_map(output.pixels[0], whole))] if output.pixels is not None else []
+    lines, height = [("", strip), ("legend", _legend(rows, output.pixels is not None))], max(window.size[1] for window in columns)
+    for row, logits in zip(rows, maps, strict=True):
+        best = maskdino.class_probabilities(row.said.logits, model.config.class_loss).max(-1)
+        captions = [f"{chr(65 + k)}: {model.classes['names'][label]} {score:.2f}" for k, (score, label) in enumerate(zip(*map(torch.Tensor.tolist, best)))]
+        cells = [_cell(picture, columns[k], row, k, None if logits is None else logits[k], height) for k in range(len(queries))]
+        lines.append((row.name, list(zip(captions, cells, strict=True))))
+    _sheet(f"The {len(queries)} strongest of {len(last.logits)} queries, each in its column all the way", lines).save(path)
+
+
+class _Window(NamedTuple):
+    """A part of a picture, and its size on the page."""
+    part: tuple[float, float, float, float]     # xyxy in 0..1 of the padded picture
+    size: tuple[int, int]                       # (width, height) in pixels, before it is reduced
+
+    @classmethod
+    def around(cls, boxes: torch.Tensor | None, size: tuple[int, int], padded: tuple[int, int]) -> "_Window":
+        """All of an image of `size` (h, w), or what is around boxes (n, 4), as square as the image allows."""
+        (h, w), (H, W) = size, padded
+        corners = torch.tensor([[0.0, 0, w, h]]) if boxes is None else maskdino.in_pixels(boxes, H, W).clamp(min=0).minimum(torch.tensor([w, h, w, h]))
+        low, high = corners[:, :2].amin(0), corners[:, 2:].amax(0)
+        side = float((high - low).max()) * (1 if boxes is None else 1.2)
+        extent = torch.tensor([min(side, w), min(side, h)])
+        start = ((low + high - extent) / 2).clamp(min=0).minimum(torch.tensor([w, h]) - extent)
+        x0, y0, x1, y1 = *start.tolist(), *(start + extent).tolist()
+        return cls((x0 / W, y0 / H, x1 / W, y1 / H), tuple(max(1, round(SIDE * ZOOM * float(e) / max(extent.tolist()))) for e in extent))
+
+    def show(self, picture: Image.Image, how: Image.Resampling = Image.Resampling.BILINEAR) -> Image.Image:
+        """This part of a picture or map, both of the padded size."""
+        return picture.resize(self.size, how, [part * n for part, n in zip(self.part, picture.size * 2, strict=True)])
+
+    def place(self, xy: torch.Tensor) -> list:
+        """(..., 2) in 0..1 of the padded picture -> pixels here."""
+        start, end = torch.tensor(self.part).view(2, 2)
+        return ((xy.cpu().float() - start) / (end - start) * torch.tensor(self.size)).tolist()
+
+
+def _cell(picture: Image.Image, window: _Window, row: Stage, k: int, logits: torch.Tensor | None, height: int) -> Image.Image:
+    """Where query k looked and its boxes; beside it its mask logits (h, w). height: of the result, as that of the row's highest."""
+    tile = Image.blend(window.show(picture), Image.new("RGB", window.size, "white"), 0.3)
+    if row.seen is not None:
+        light = window.show(to_pil_image(row.seen[k].cpu().clamp(0, 1)), Image.Resampling.NEAREST)
+        tile = Image.composite(tile, Image.blend(tile, Image.new("RGB", window.size, "#201040"), 0.8), light)
+    tiles = [tile] if logits is None else [tile, _mask_heat(logits, window)]
+    draw = ImageDraw.Draw(tile)
+    if row.cells is not None:
+        draw.rectangle(_corners(window, row.cells[k]), "#2080ff", "white", ZOOM)
+    if row.points is not None:
+        _dots(draw, window.place(row.points[k]), row.weights[k])
+    for canvas in tiles if row.said.boxes is not None else ():
+        for boxes, ink in ((row.before, None), (row.said.boxes, INK)):
+            if boxes is not None:
+                _box(ImageDraw.Draw(canvas), _corners(window, boxes[k]), ink)
+    sheet = Image.new("RGB", ((SIDE + 4) * len(tiles) * ZOOM, height), "white")
+    for i, canvas in enumerate(tiles):
+        sheet.paste(canvas, ((SIDE + 4) * ZOOM * i, 0))
+    return sheet.reduce(ZOOM)
+
+
+INK = "#d0006f"
+
+
+def _corners(window: _Window, box: torch.Tensor) -> list[float]:
+    (x0, y0), (x1, y1) = window.place(box_convert(box.cpu().float(), "cxcywh", "xyxy").view(2, 2))
+    return [x0, y0, max(x0, x1), max(y0, y1)]
+
+
+def _box(draw: ImageDraw.ImageDraw, corners: list[float], ink: str | None) -> None:
+    """A rectangle in this ink with a white rim; None: light dashes on a dark line."""
+    x0, y0, x1, y1 = corners
+    if ink:
+        draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline="white", width=2 * ZOOM + 2)
+        return draw.rectangle(corners, outline=ink, width=2 * ZOOM)
+    draw.rectangle(corners, outline="#202020", width=2 * ZOOM)
+    for a, b, across in ((x0, x1, True), (y0, y1, False)):
+        for start in np.arange(a, b, 10 * ZOOM):
+            end = min(start + 5 * ZOOM, b)
+            for edge in (y0 + ZOOM, y1 - ZOOM + 1) if across else (x0 + ZOOM, x1 - ZOOM + 1):
+                draw.line((start, edge, end, edge) if across else (edge, start, edge, end), fill="#ffe03a", width=2 * ZOOM)
+
+
+def _dots(draw: ImageDraw.ImageDraw, points: list, weights: torch.Tensor) -> None:
+    """Sampling points [M][L][P][2] as dots, their areas the weights (M, L, P), the finest level the lightest; large ones below."""
+    L = weights.shape[1]
+    flat = [(float(weight), level, xy) for heads, ws in zip(points, weights, strict=True) for level, (ps, w) in enumerate(zip(heads, ws, strict=True))
+            for xy, weight in zip(ps, w, strict=True)]
+    for weight, level, (x, y) in sorted(flat, key=lambda dot: -dot[0]):
+        r = ZOOM * (0.5 + 9 * math.sqrt(weight))
+        draw.ellipse((x - r, y - r, x + r, y + r), _level_ink(level, L), "black" if level < L / 2 else "white", ZOOM // 2)
+
+
+def _level_ink(level: int, levels: int) -> tuple[int, int, int]:
+    return tuple(_heat(np.array(0.95 - 0.75 * level / max(1, levels - 1))).tolist())
+
+
+def _heat(x: np.ndarray) -> np.ndarray:
+    """0..1, any shape -> (..., 3) uint8, from black to pale yellow."""
+    return np.stack([np.interp(x, np.linspace(0, 1, len(HEAT)), channel) for channel in zip(*HEAT, strict=True)], -1).astype(np.uint8)
+
+
+LOGITS = 8                                                                                    # the heat map's ends
+
+
+def _mask_heat(logits: torch.Tensor, window: _Window) -> Image.Image:
+    """Mask logits (h, w), of the padded image, as heat; a line where they are 0."""
+    x = np.asarray(window.show(Image.fromarray(logits.numpy())))
+    inside = torch.from_numpy(x > 0)[None].float()
+    colours = _heat((x / (2 * LOGITS) + 0.5).clip(0, 1))
+    colours[(F.max_pool2d(inside, 2 * ZOOM + 1, 1, ZOOM) != inside)[0].numpy()] = 255
+    return Image.fromarray(colours)
+
+
+def _answers(image: torch.Tensor, size: tuple[int, int], padded: tuple[int, int], boxes: torch.Tensor | None, logits: torch.Tensor | None) -> Image.Image:
+    """The image with the last stage's boxes and masks, lettered by column."""
+    (h, w), masks = size, None if logits is None else maskdino.resize(logits, padded)[:, :size[0], :size[1]] > 0
+    boxes = maskdino.in_pixels(maskdino.boxes_of_masks(masks, "bitmask"), h, w) if boxes is None else maskdino.in_pixels(boxes.cpu(), *padded)
+    letters = [chr(65 + k) for k in range(len(boxes))]
+    return to_pil_image(overlay(image[:, :h, :w], list(range(len(boxes))), None, boxes, masks, letters, SIDE))
+
+
+def _token_maps(tokens: Tokens, queries: torch.Tensor, window: _Window) -> list[tuple[str, Image.Image]]:
+    """Each level's scores as heat, of the same scale; rings around the tokens that were chosen, letters where columns come from."""
+    tiles, starts, top = [], np.cumsum([0] + [h * w for h, w in tokens.shapes]), tokens.scores.max().item()
+    for (h, w), start, end in zip(tokens.shapes, starts, starts[1:]):
+        scores = Image.fromarray(tokens.scores[start:end].view(h, w).cpu().numpy())
+        tile = Image.fromarray(_heat(np.asarray(window.show(scores, Image.Resampling.NEAREST)) / top))
+        draw, here = ImageDraw.Draw(tile), (tokens.chosen >= start) & (tokens.chosen < end)
+        for x, y in window.place(tokens.cells[tokens.chosen[here], :2]):
+            draw.ellipse((x - 4 * ZOOM, y - 4 * ZOOM, x + 4 * ZOOM, y + 4 * ZOOM), outline="white", width=ZOOM)
+        for k, query in enumerate(queries.tolist()):
+            if here[query]:
+                x, y = window.place(tokens.cells[tokens.chosen[query], :2])
+                draw.text((x, y), chr(65 + k), fill="white", font=_font(15 * ZOOM), anchor="mm", stroke_width=2 * ZOOM, stroke_fill="black")
+        tiles.append((f"{h} x {w} tokens: {int(here.sum())} chosen", tile.reduce(ZOOM)))
+    return tiles
+
+
+def _embedding_map(pixels: torch.Tensor, window: _Window) -> Image.Image:
+    """The pixel embedding map (C, h, w), its three principal components as red, green and blue."""
+    h, w = (math.ceil(n * part) for n, part in zip(pixels.shape[1:], window.part[:1:-1]))     # without the padding
+    x = pixels[:, :h, :w].flatten(1).T.double().cpu()
+    x = x - x.mean(0)
+    axes = torch.linalg.eigh(x.T @ x).eigenvectors[:, -3:].flip(1)
+    x = x @ (axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign())                # an axis has no sign of its own
+    low, high = x.quantile(0.02, 0), x.quantile(0.98, 0)
+    colours = ((x - low) / (high - low) * 255).clamp(0, 255).byte().view(h, w, 3).numpy()
+    return Image.fromarray(colours).resize(window.size, Image.Resampling.NEAREST).reduce(ZOOM)
+
+
+def _legend(rows: list[Stage], masks: bool) -> list[tuple[str, Image.Image]]:
+    """Only what there is on the page."""
+    def sample(draw_it, width: int = 60) -> Image.Image:
+        tile = Image.new("RGB", (width * ZOOM, 22 * ZOOM), "#b8b8b8")
+        draw_it(ImageDraw.Draw(tile))
+        return tile.reduce(ZOOM)
+    box, entries = [8 * ZOOM, 4 * ZOOM, 52 * ZOOM, 18 * ZOOM], []
+    if any(row.cells is not None for row in rows):
+        entries.append(("token", sample(lambda draw: draw.rectangle([24 * ZOOM, 5 * ZOOM, 36 * ZOOM, 17 * ZOOM], "#2080ff", "white", ZOOM))))
+    if any(row.before is not None for row in rows):
+        entries.append(("box before: proposal, anchor", sample(lambda draw: _box(draw, box, None))))
+    if any(row.said.boxes is not None for row in rows):
+        entries.append(("box after", sample(lambda draw: _box(draw, box, INK))))
+    if points := [row.weights for row in rows if row.points is not None]:
+        L = points[0].shape[2]
+        spots, weights = torch.tensor([[12 + 18 * level, 11] for level in range(L)]) * ZOOM, torch.full((1, L, 1), 0.5)
+        entries.append(("samples: area = weight, fine to coarse level", sample(lambda draw: _dots(draw, spots[None, :, None].tolist(), weights), 18 * L + 6)))
+    if any(row.seen is not None for row in rows):
+        entries.append(("dark: not looked at", sample(lambda draw: draw.rectangle([30 * ZOOM, 0, 60 * ZOOM, 22 * ZOOM], "#201040"))))
+    if masks:
+        ramp = torch.linspace(-LOGITS, LOGITS, 200)[None].expand(22, 200)
+        entries.append((f"mask logits from -{LOGITS} to {LOGITS}, line at 0", _mask_heat(ramp, _Window((0, 0, 1, 1), (200 * ZOOM, 22 * ZOOM))).reduce(ZOOM)))
+    return entries
+
+
+def batch_page(model, targets: list[dict], record: dict, matched: tuple, path: Path) -> None:
+    """Saves a page about one step of training: the batch; of its fullest image the denoising groups, who sees whom, and the assignment with its cost.
+
+    record: what maskdino.recording(model, evaluate.INSIDE) kept of one model(images, sizes, targets). matched: what the criterion's matcher gave.
+    """
+    images, names, b = record[""][0].given[0], model.classes["names"], max(range(len(targets)), key=lambda i: len(targets[i]["labels"]))
+    picture, target, N = to_pil_image(images[b].cpu()), targets[b], len(targets[b]["labels"])
+    window = _Window.around(None, target["size"], images.shape[-2:])
+    lines = [("the batch", [(f"image {t['image_id']}", to_pil_image(_truth(image.cpu(), t, t["labels"].tolist(), names, model.config.task, SIDE)))
+                            for image, t in list(zip(images, targets, strict=True))[:8]])]
+    if N and "label_embed" in record:
+        _, anchors, _, _, blocked, _ = record["decoder"][0].given
+        noised, slots = record["label_embed"][b].given[0], max(len(t["labels"]) for t in targets)
+        grid = Image.fromarray(np.where(blocked.cpu().numpy(), 60, 235).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.NEAREST).convert("RGB")
+        lines.append((f"denoising in {len(noised)} groups", [(f"group {g + 1}: {int((noised[g] != target['labels']).sum())} of {N} labels wrong", _noised(
+            picture, window, target["boxes"], anchors[b, g * slots:g * slots + N], labels, names)) for g, labels in enumerate(noised[:4])]))
+        lines[-1][1].append((f"light: rows see columns, the last {len(blocked) - len(noised) * slots} are the queries", grid))
+    if "pool" in record:
+        noisy = record["pool"][0].given[0][b, :6].cpu()
+        lines.append(("noisy masks", [(f"query {q}", window.show(to_pil_image(m)).reduce(ZOOM)) for q, m in enumerate(noisy)]))
+    if N:
+        cost, query = {part: c[-1, b, :, :N].cpu() for part, c in matched[0].items()}, matched[1][-1, b, :N].tolist()             # of the last layer
+        tiles = _assignment(record[""][0].gave, picture, window, target, b, cost, query, names)
+        lines += [("assignment", tiles[:3]), ("", tiles[3:])]
+    _sheet(f"One step's batch; below, image {target['image_id']}: clean boxes solid, noised or predicted ones dashed", lines).save(path)
+
+
+def _noised(picture: Image.Image, window: _Window, clean: torch.Tensor, noised: torch.Tensor, labels: torch.Tensor, names: list[str]) -> Image.Image:
+    """Boxes (n, 4) of objects, and dashed what became of them, under its label."""
+    tile = Image.blend(window.show(picture), Image.new("RGB", window.size, "white"), 0.3)
+    corners = [_corners(window, box) for box in noised]
+    for before, after in zip(clean, corners, strict=True):
+        _box(ImageDraw.Draw(tile), _corners(window, before), INK)
+        _box(ImageDraw.Draw(tile), after, None)
+    _write_labels(tile, corners, [names[k] for k in labels.tolist()], [colour(k) for k in labels.tolist()], 11 * ZOOM)
+    return tile.reduce(ZOOM)
+
+
+def _assignment(output: maskdino.Output, picture: Image.Image, window: _Window, target: dict, b: int, cost: dict[str, torch.Tensor], query: list[int],
+                names: list[str], most: int = 8) -> list[tuple[str, Image.Image]]:
+    """The objects with their queries' boxes; the total cost and its parts, of these and of the next cheapest queries."""
+    last, objects = list(output.sets.values())[-1], [f"{n + 1} {names[k]}" for n, k in enumerate(target["labels"].tolist())][:most]
+    boxes = None if last.boxes is None else last.boxes[b, query]
+    if boxes is None:
+        boxes = maskdino.boxes_of_masks(maskdino.mask_logits(last.embeddings[b:b + 1, query].float(), output.pixels[b:b + 1].float())[0] > 0, "bitmask")
+    tile = Image.blend(window.show(picture), Image.new("RGB", window.size, "white"), 0.3)
+    for n in range(len(objects)):
+        _box(ImageDraw.Draw(tile), _corners(window, target["boxes"][n]), INK)
+        _box(ImageDraw.Draw(tile), _corners(window, boxes[n]), None)
+    places, colours = [_corners(window, box) for box in target["boxes"][:most]], [colour(k) for k in target["labels"].tolist()]
+    _write_labels(tile, places, [f"{n + 1}: query {q}" for n, q in enumerate(query[:most])], colours[:most], 11 * ZOOM)
+    groups = {"class": ("class",), "box": ("l1", "giou"), "mask": ("mask", "dice")}
+    parts = {name: sum(cost[key] for key in keys) for name, keys in groups.items() if cost.keys() & set(keys)}
+    parts = {"total": sum(parts.values())} | parts
+    cheapest = [q for q in parts["total"].amin(1).argsort().tolist() if q not in query]
+    shown = [*dict.fromkeys(query[:most]), *cheapest][:most + 2]
+    marked = [(n, shown.index(q)) for n, q in enumerate(query[:most])]
+    return [("objects and their queries", tile.reduce(ZOOM)),
+            *((f"{name}: queries across, the assigned ones framed", _matrix(c[shown].T[:most], objects, shown, marked)) for name, c in parts.items())]
+
+
+def _matrix(values: torch.Tensor, rows: list[str], columns: list[int], marked: list[tuple[int, int]]) -> Image.Image:
+    """Numbers (n, q) on a ground that is the lighter the smaller they are; some framed."""
+    font, w, h = _font(11), 36, 22
+    left = math.ceil(max(map(font.getlength, rows))) + 6
+    tile = Image.new("RGB", (left + w * len(columns) + 2, h * (len(rows) + 1) + 2), "white")
+    draw, (low, high) = ImageDraw.Draw(tile), (values.min().item(), values.max().item())
+    for j, name in enumerate(columns):
+        draw.text((left + w * (j + 0.5), h / 2), str(name), fill="#333333", font=font, anchor="mm")
+    for i, (name, line) in enumerate(zip(rows, values.tolist(), strict=True)):
+        draw.text((0, h * (i + 1.5)), name, fill="#333333", font=font, anchor="lm")
+        for j, value in enumerate(line):
+            ground = tuple(_heat(np.array(1 - 0.9 * (value - low) / (high - low + 1e-9))).tolist())
+            x, y = left + w * j, h * (i + 1)
+            draw.rectangle((x, y, x + w - 1, y + h - 1), ground)
+            draw.text((x + w / 2, y + h / 2), f"{value:.1f}", fill="black" if np.dot(ground, (0.299, 0.587, 0.114)) > 128 else "white", font=font, anchor="mm")
+    for i, j in marked:
+        x, y = left + w * j, h * (i + 1)
+        draw.rectangle((x, y, x + w - 1, y + h - 1), outline="#2080ff", width=3)
+        draw.rectangle((x, y, x + w - 1, y + h - 1), outline="black")
+    return tile
+
+
+def _sheet(title: str, lines: list[tuple[str, list[tuple[str, Image.Image]]]]) -> Image.Image:
+    """A page: under a title, lines of pictures with captions above them, each with its name on the left."""
+    font, gap, names = _font(14), 12, _font(16)
+    left = gap + round(max(names.getlength(part) for name, _ in lines for part in textwrap.wrap(name, 10))) + gap
+    widths = [[max(tile.width, math.ceil(font.getlength(caption))) + gap for caption, tile in tiles] for _, tiles in lines]
+    heights = [max(tile.height for _, tile in tiles) + 30 for _, tiles in lines]
+    sheet = Image.new("RGB", (left + max(map(sum, widths)), 46 + sum(heights) + gap), "white")
+    draw, y = ImageDraw.Draw(sheet), 46
+    draw.text((gap, 24), title, fill="black", font=_font(18), anchor="lm")
+    for (name, tiles), row, height in zip(lines, widths, heights, strict=True):
+        draw.text((gap, y + 22), "\n".join(textwrap.wrap(name, 10)), fill="#333333", font=names)
+        x = left
+        for (caption, tile), width in zip(tiles, row, strict=True):
+            draw.text((x, y + 11), caption, fill="#333333", font=font, anchor="lm")
+            sheet.paste(tile, (x, y + 22))
+            x += width
+        y += height
+    return sheet
+
+
 # ------------------------------------------------------------------------------------------------------------- own images
-def predict_folder(model, images: Path, out: Path, threshold: float = 0.3, tta: bool = False) -> list[dict]:
-    """Predicts one picture or a folder of them, one at a time; tta: see `augmented`.
+def predict_folder(model, images: Path, out: Path, threshold: float = 0.3, tta: bool = False, thinking: bool = False) -> list[dict]:
+    """Predicts one picture or a folder of them, one at a time; tta: see `augmented`; thinking: of each `explain` leaves a page, explain/*.png.
 
     Leaves in `out` an overlay per picture (its stem, or its name where two share a stem; .jpg for JPEG, else .png) and predictions.json: a list of
     {file_name, category_id, category_name, score, bbox [x, y, w, h], segmentation {size, counts}} in pixels of the original image,
@@ -719,12 +1097,16 @@ def predict_folder(model, images: Path, out: Path, threshold: float = 0.3, tta: 
     if out.resolve() == files[0].resolve().parent:
         raise data.DataError(f"--out={out} is the pictures' own folder, where overlays would replace them: choose another")
     task, names, ids = model.config.task, model.classes["names"], model.classes["category_ids"]
-    (out / task if task in MAPS else out).mkdir(parents=True, exist_ok=True)
+    for folder in [out / task] * (task in MAPS) + [out / "explain"] * thinking + [out]:
+        folder.mkdir(parents=True, exist_ok=True)
     predictions, segments = [], []
     for file, stem in zip(tqdm(files, "predict", unit="image", leave=False), _stems(files), strict=True):
         with data.opened(file) as picture:
             image = ImageOps.exif_transpose(picture).convert("RGB")                           # phones store the camera's orientation beside the pixels
-        result = {"semantic": augmented(model, image).argmax(0)} if tta else model.predict([image], threshold=threshold)[0]
+        with maskdino.recording(model, INSIDE) if thinking else contextlib.nullcontext() as record:
+            result = {"semantic": augmented(model, image).argmax(0)} if tta else model.predict([image], threshold=threshold)[0]
+        if thinking:
+            explain(model, record, out / "explain" / f"{stem}.png")
         if task == "semantic":
             seen, areas = result["semantic"].unique(return_counts=True)
             rows = [(k, {"category_id": ids[k], "area": n}) for k, n in zip(seen.tolist(), areas.tolist(), strict=True)]
@@ -1122,8 +1504,8 @@ def choose_device(name: str | None = None) -> torch.device:
 # ----------------------------------------------------------------------------------------------------------- command line
 PATHS = ("val_json", "val_images", "val_panoptic", "val_labels", "classes", "val_instances")
 ACTIONS = {"data": str, "out": str, "images": str, "threshold": float, "per_class": bool, "batch_size": int, "device": str, "save_official": str,
-           "tta": bool, "layers": bool, "tables": bool, "scale": str} | dict.fromkeys(PATHS, str)
-DEFAULTS = dict.fromkeys(ACTIONS) | {"threshold": 0.3, "per_class": False, "batch_size": 1, "tta": False}
+           "tta": bool, "layers": bool, "explain": bool, "tables": bool, "scale": str} | dict.fromkeys(PATHS, str)
+DEFAULTS = dict.fromkeys(ACTIONS) | {"threshold": 0.3, "per_class": False, "batch_size": 1, "tta": False, "explain": False}
 OVERRIDES = ("max_images", "test_short", "test_long", "detections", "workers", "precision", "object_threshold", "overlap_threshold", "temperature",
              "box_init", "queries", "sampling_steps", "sampling_eta", "seed")
 
@@ -1143,6 +1525,8 @@ def _parse(argv: list[str]) -> tuple[str, dict, dict]:
         raise maskdino.ConfigError("--scale goes with --tables")
     if actions["layers"] and (actions["tta"] or actions["images"] or actions["save_official"]):
         raise maskdino.ConfigError("--layers scores on the validation split: give --data=DIR alone, without --tta")
+    if actions["explain"] and (actions["tta"] or not actions["images"]):
+        raise maskdino.ConfigError("--explain goes with --images=PATH --out=DIR, without --tta: it follows one look at a picture")
     wanted = [actions["images"], actions["data"] or actions["val_json"] or actions["val_labels"], actions["save_official"]]
     if sum(map(bool, wanted)) != 1 or actions["images"] and not actions["out"]:
         raise maskdino.ConfigError("give one of --data=DIR (scores on its validation split), --images=PATH --out=DIR (own pictures), --save_official=PATH")
@@ -1201,8 +1585,8 @@ def main(argv: list[str] | None = None) -> None:
             maskdino.save(actions["save_official"], {"model": maskdino.to_official(model)})
             print(f"{actions['save_official']}: the weights under the released code's names")
         elif actions["images"]:
-            predictions = predict_folder(model, actions["images"], actions["out"], actions["threshold"], actions["tta"])
-            print(f"{len(predictions)} predictions; overlays and predictions.json are in {actions['out']}")
+            predictions = predict_folder(model, actions["images"], actions["out"], actions["threshold"], actions["tta"], actions["explain"])
+            print(f"{len(predictions)} predictions; overlays, predictions.json" + ", explain/*.png" * actions["explain"] + f" are in {actions['out']}")
         else:
             _evaluate_data(model, Path(checkpoint), actions, overrides.get("max_images", 0), world)                 # not the training's number
     except (data.DataError, maskdino.ConfigError) as error:

@@ -182,6 +182,20 @@ def assign(cost: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(query).to(cost.device), torch.from_numpy(found).to(cost.device)
 
 
+class Matcher(nn.Module):
+    """Hybrid matching (section 3.6). weights: of the cost terms that take part."""
+
+    def __init__(self, weights: dict[str, float], class_cost: str) -> None:
+        super().__init__()
+        self.weights, self.class_cost = weights, class_cost
+
+    def forward(self, sets: Prediction, pixels: Tensor | None, truth: Truth, points: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Stacked sets -> the weighted cost terms, each (R, B, Q, N), and what `assign` makes of their sum."""
+        cost = matching_cost(sets, pixels, truth, points, list(self.weights), self.class_cost)
+        cost = {part: weight * cost[part] for part, weight in self.weights.items()}
+        return cost, *assign(sum(cost.values()), truth.counts)
+
+
 # ---------------------------------------------------------------------------------------------------------------- losses
 class Criterion(nn.Module):
     """Matching and the losses of every prediction set: class, L1 and GIoU of boxes where the model predicts some, BCE and dice of masks.
@@ -200,6 +214,7 @@ class Criterion(nn.Module):
             self.weights |= {"l1": 0.0, "giou": 0.0}            # still computed, so that the box head stays in the graph
         kinds = {"class": "hybrid box mask", "l1": "hybrid box", "giou": "hybrid box", "mask": "hybrid mask", "dice": "hybrid mask"}
         self.cost_parts = [k for k, uses in kinds.items() if config.matching in uses.split() and self.weights.get(k)]
+        self.matcher = Matcher({part: self.weights[part] for part in self.cost_parts}, config.class_cost)
 
     def forward(self, output: Output, targets: list[dict], num_objects: float | None = None, points: dict | None = None) -> tuple[Tensor, dict]:
         """Weighted total and the unweighted parts, {"layer9/mask": scalar, "denoising/layer9/mask": ...}.
@@ -217,8 +232,7 @@ class Criterion(nn.Module):
             points = points or {"match": self.match_points(pixels, generators, device)}
             sets = stack(output.sets)
             with torch.no_grad():
-                cost = matching_cost(sets, pixels, truth, points["match"], self.cost_parts, self.config.class_cost)
-                query, found = assign(sum(self.weights[k] * cost[k] for k in self.cost_parts), truth.counts)
+                _, query, found = self.matcher(sets, pixels, truth, points["match"])
             losses = self.losses_of(sets, pixels, truth, query, found, 1, num, points.get("sets"), generators)
             losses = {f"{name}/{part}": loss[r] for part, loss in losses.items() for r, name in enumerate(output.sets)}
             if output.denoising:

@@ -20,6 +20,7 @@ Notation, here and in every other file
     R prediction sets: the selection, the initial prediction, one for each decoder layer
     boxes are cxcywh in 0..1 of the padded image unless a name says otherwise; masks are logits until compared with 0
 """
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -1445,6 +1446,33 @@ def start_from(model: Segmenter, start: Start) -> str:
     listed = f" ({', '.join(common[:8])}{' ...' if len(common) > 8 else ''})" if common else ""
     return (f"started from {start.source}\n  carried over: {', '.join(rooms[0])}\n  fresh: {', '.join(rooms[1]) or 'nothing'}\n"
             f"  rows of class head and label embedding: {len(common)} of {len(names)} classes matched by name{listed}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- looking inside
+class Call(NamedTuple):
+    """What a module was given and what it gave."""
+    given: tuple
+    gave: object
+
+
+@contextlib.contextmanager
+def recording(model: nn.Module, pattern: str = ".*") -> Iterator[dict[str, list[Call]]]:
+    r"""While it lasts, keeps the calls of all modules whose whole name matches `pattern` ("" is the model itself), in order:
+
+        with maskdino.recording(model, r"decoder\.layers\.\d+") as record:
+            model.predict(["photo.jpg"])
+        record["decoder.layers.0"][0].given[2]                          # the anchors of the first layer, (1, Q, 4)
+
+    PyTorch's hooks do it: the model does not know, so its numbers are the same, and nobody pays when nobody looks. Tensors are not copied.
+    """
+    record: dict[str, list[Call]] = {}
+    hooks = [module.register_forward_hook(lambda _module, given, gave, name=name: record.setdefault(name, []).append(Call(given, gave)))
+             for name, module in model.named_modules() if re.fullmatch(pattern, name)]
+    try:
+        yield record
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 # ---------------------------------------------------------------------------------------------------------------- a tour

@@ -3,6 +3,7 @@
     python train.py                                                             # preset `shapes`: generated data, a laptop's CPU, 10 minutes
     python train.py --list                                                      # all presets
     torchrun --standalone --nproc_per_node=8 train.py coco_instance_r50_50ep --data=/data/coco
+    python train.py shapes --explain_batch                                      # a page about the next step (of the run's checkpoint, if any), no training
     python train.py coco_instance_r50_12ep --data=/data/mine --epochs=20 --total_batch=4 --accumulate=2 --image_size=512
     torchrun --standalone --nproc_per_node=8 train.py --table=components --data=/data/coco     # the rows of a table of the paper, one after the other
     python train.py --table=components --scale=shapes --seeds=3                                 # the same rows, small, on generated data; --dry_run
@@ -51,7 +52,7 @@ from maskdino import Config, ConfigError, MaskDINO
 
 ACTIONS = {"help": bool, "list": bool, "data": str, "out": str, "resume": bool, "overwrite": bool, "epochs": float, "device": str, "finetune": str,
            "classes": str, "table": str, "scale": str, "seeds": int,
-           "dry_run": bool} | {f"{split}_{kind}": str for split in ("train", "val") for kind in data.FLAGS}
+           "dry_run": bool, "explain_batch": bool} | {f"{split}_{kind}": str for split in ("train", "val") for kind in data.FLAGS}
 SHAPES = Path("datasets/shapes")                                        # where the generated data set lives
 RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pth", "result.json", "result_layers.json", "results_bbox.json", "results_segm.json", "panoptic.json",
              "predictions.png", "curves.png")
@@ -238,14 +239,15 @@ def score(model: MaskDINO, dataset: data.ImageDataset, out: Path, config: Config
 # ---------------------------------------------------------------------------------------------------------------- setting up a run
 def prepare_folder(out: Path, actions: dict) -> Path | None:
     """The checkpoint to resume from, or None for a fresh start. Raises ConfigError for a folder that is in use."""
-    used = out.exists() and any(out.iterdir())
+    used, checkpoint = out.exists() and any(out.iterdir()), out / "checkpoint.pth"
+    if actions.get("explain_batch"):                                    # writes beside it
+        return checkpoint if checkpoint.exists() else None
     if used and actions.get("overwrite"):
         for name in RUN_FILES:
             (out / name).unlink(missing_ok=True)
     elif used and not actions.get("resume"):
         raise ConfigError(f"{out} is not empty: --resume goes on with that run, --overwrite starts it again, --out=DIR takes another folder")
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / "checkpoint.pth"
     return checkpoint if actions.get("resume") and checkpoint.exists() else None
 
 
@@ -366,8 +368,21 @@ def finish(state: State, config: Config, name: str, overrides: dict, out: Path, 
     return result
 
 
-def run(name: str, overrides: dict, actions: dict, world: World) -> dict:
-    """One whole run: data, model, training, evaluation. Returns its result.json."""
+def explain_batch(state: State, config: Config, dataset: data.ImageDataset, path: Path) -> None:
+    """Draws the first micro-batch of the next step, how its queries are noised and who answers for which object. Trains nothing, saves nothing."""
+    sampler = data.BatchSampler(len(dataset), total_batch=config.total_batch, accumulate=config.accumulate, seed=config.seed, start_step=state.step,
+                                steps=state.step + 1)
+    images, targets = data.collate([dataset[item] for item in next(iter(sampler))])
+    device, criterion = state.model.mean.device, Criterion(config, state.model.classes["is_thing"])
+    images, targets = images.to(device), to_device(targets, device)
+    with torch.no_grad(), maskdino.recording(state.model.train(), evaluate.INSIDE) as record, maskdino.recording(criterion, "matcher") as matching:
+        criterion(state.model(images, [t["size"] for t in targets], targets), targets)
+    evaluate.batch_page(state.model, targets, record, matching["matcher"][0].gave, path)
+    print(f"{path}: the batch of step {state.step + 1}, its denoising and its assignment")
+
+
+def run(name: str, overrides: dict, actions: dict, world: World) -> dict | None:
+    """One whole run: data, model, training, evaluation. Returns its result.json; with --explain_batch a page is drawn instead, nothing returned."""
     config = maskdino.preset(name, **overrides)
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)            # a table trains several runs in one process
@@ -398,6 +413,9 @@ def run(name: str, overrides: dict, actions: dict, world: World) -> dict:
         state.restore(content)
         if world.first:
             print(f"resumed from {checkpoint} at step {state.step}")
+    if actions.get("explain_batch"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return explain_batch(state, config, dataset, out.parent / f"{out.name}_batch.png")
     if world.first:
         cut_log(out, state.step)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"classes": classes}, indent=1))
@@ -424,7 +442,7 @@ def run_table(name: str, overrides: dict, actions: dict, world: World) -> None:
     A row that was stopped goes on from its checkpoint, so the same command is safe to repeat.
     """
     table, root, scale = evaluate.find_table(name), Path(actions.get("out") or "runs"), actions.get("scale")
-    if wrong := [key for key in ("epochs", "finetune", "resume", "overwrite") if key in actions] + ["seed"] * ("seed" in overrides):
+    if wrong := [key for key in ("epochs", "finetune", "resume", "overwrite", "explain_batch") if key in actions] + ["seed"] * ("seed" in overrides):
         raise ConfigError(f"--{wrong[0]} does not go with --table, whose rows say how they train; it always resumes, and --seeds=N trains seeds 0 to N - 1")
     if actions.get("seeds", 1) < 1:
         raise ConfigError(f"--seeds={actions['seeds']}: how many, at least 1")
@@ -488,6 +506,8 @@ def main() -> None:
             return run_table(actions["table"], overrides, actions, world)
         if wrong := {"scale", "seeds", "dry_run"} & actions.keys():
             raise ConfigError(f"--{min(wrong)} goes with --table=NAME")
+        if actions.get("explain_batch") and world.size > 1:
+            raise ConfigError("--explain_batch draws one page: start it without torchrun")
         run(words[0] if words else "shapes", overrides, actions, world)
     except (ConfigError, data.DataError) as error:
         sys.exit(evaluate.sentence(error))

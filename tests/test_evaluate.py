@@ -20,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 
 import data
 import evaluate
+import kernels
 import maskdino
 
 H, W = 96, 128
@@ -752,6 +753,123 @@ def test_released_names_there_and_back(tmp_path, capsys):
     assert torch.equal(a["scores"], b["scores"]) and torch.equal(a["masks"], b["masks"])
 
 
+# --------------------------------------------------------------------------------------------------------- how it thinks
+LITTLE = dict(backbone="resnet10", backbone_norm="group", backbone_weights="none", hidden=32, heads=4, enc_layers=1, enc_ffn=32, dec_layers=2, dec_ffn=32,
+              queries=10, test_short=64, test_long=96)
+
+
+def look(name: str, **overrides) -> tuple:
+    """A small model of a preset's layout with random weights, and what was recorded of it looking at 50 x 70 pixels."""
+    torch.manual_seed(0)
+    model = maskdino.build(maskdino.preset(name, **LITTLE | overrides), maskdino.class_list(maskdino.classes_of(name))).eval()
+    for module in (model.heads.box_head, *(getattr(layer.cross_attn, "sampling_offsets", None) for layer in model.decoder.layers)):
+        if module is not None:
+            torch.nn.init.normal_(list(module.parameters())[-2], std=0.1)                     # boxes and points that differ
+    with maskdino.recording(model, evaluate.INSIDE + r"|query_selection\.enc_output_norm|decoder\.layers\.\d+\.cross_attn") as record:
+        model.predict([np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)])
+    return model, record
+
+
+LAYOUTS = [("coco_instance_r50_50ep", {}), ("coco_instance_r50_50ep_hid1024", {}), ("coco_instance_swinl_50ep", {}), ("coco_instance_swinl_50ep_token", {}),
+           ("coco_panoptic_r50_50ep", {}), ("ade20k_semantic_r50", {}), ("cityscapes_semantic_r50", {}),
+           ("coco_instance_r50_50ep", dict(task="detection", box_init="token", denoising="box", matching="box")),
+           ("coco_instance_r50_50ep", dict(decoder_levels=2, initial_prediction=False, queries=2)),
+           ("mask2former_coco_panoptic_r50_50ep", {}), ("mask2former_coco_instance_r50_50ep", dict(round_robin=False, detection_head=True)),
+           ("mask2former_coco_instance_r50_50ep", dict(masked_attention=False)), ("dformer_coco_instance_r50_50ep", dict(sampling_steps=3))]
+
+
+@pytest.mark.parametrize("name, overrides", LAYOUTS)
+def test_a_page_of_every_layout(tmp_path, name, overrides):
+    model, record = look(name, **overrides)
+    output, queries = record[""][0].gave, torch.tensor([1, 0])
+    rows = evaluate.stages(model, record, queries)
+    expected = ["sampling step 1", "sampling step 2", "sampling step 3"] * (model.config.model == "dformer") + ["query selection"] * model.config.two_stage
+    assert [row.name for row in rows] == expected + ["initial prediction"] * model.config.initial_prediction + ["layer 1", "layer 2"]
+    assert torch.equal(rows[-1].said.logits, list(output.sets.values())[-1].logits[0, queries])
+    if model.config.model == "maskdino":
+        assert all(row.points is not None and row.before.shape == (2, 4) for row in rows[-2:])
+    else:
+        assert any(row.seen is not None for row in rows) == model.config.masked_attention
+    evaluate.explain(model, record, tmp_path / "page.png")
+    page = np.array(Image.open(tmp_path / "page.png").convert("L"))
+    assert page.shape[0] > 100 * len(rows) and (page[-12:] == 255).all() and (page[:, -8:] == 255).all() and page.std() > 20     # nothing cut off
+
+
+@pytest.mark.parametrize("name", ["coco_instance_r50_50ep", "coco_instance_swinl_50ep", "ade20k_semantic_r50"])
+@torch.no_grad()
+def test_the_pages_points_and_weights_reproduce_the_attention(name):
+    """Put through the equation written as loops, they give what the layer gave."""
+    model, record = look(name)
+    queries = torch.tensor([3, 0, 7])
+    for i, row in enumerate(evaluate.stages(model, record, queries)[-2:]):
+        attention, call = model.decoder.layers[i].cross_attn, record[f"decoder.layers.{i}.cross_attn"][0]
+        _, anchors, memory, shapes = call.given
+        assert torch.equal(row.before, anchors[0, queries])
+        value = attention.value_proj(memory).unflatten(-1, (attention.shape[0], -1))
+        cells = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32)[:, None]
+        found = kernels.ms_deform_attn_loops(value, shapes, torch.zeros(1, 3, 2), row.points[None] * cells, row.weights[None].log())
+        torch.testing.assert_close(attention.output_proj(found), call.gave[:, queries], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_column_is_one_query_from_its_token_on():
+    model, record = look("coco_instance_r50_50ep")
+    queries, tokens, sets = torch.tensor([4, 1]), evaluate.tokens_of(model, record), record[""][0].gave.sets
+    content, anchors, _ = record["query_selection"][0].gave
+    assert torch.equal(record["query_selection.enc_output_norm"][0].gave[0, tokens.chosen], content[0])
+    selection, initial, first, _ = evaluate.stages(model, record, queries)
+    assert torch.equal(selection.said.boxes, sets["selection"].boxes[0, queries]) and torch.equal(initial.before, selection.said.boxes)
+    assert torch.equal(initial.said.boxes, anchors[0, queries]) and torch.equal(first.before, anchors[0, queries])
+    assert torch.equal(selection.cells[:, :2], selection.before[:, :2])                       # a proposal is a square around its token
+    h, w = tokens.shapes[0]
+    assert tokens.cells[w + 2].tolist() == pytest.approx([2.5 / w, 1.5 / h, 1 / w, 1 / h])
+
+
+def test_sibling_pages_show_what_was_let_through():
+    model, record = look("mask2former_coco_instance_r50_50ep")
+    output, queries = record[""][0].gave, torch.tensor([2])
+    initial, first, second = evaluate.stages(model, record, queries)
+    for row, before, stride in ((first, initial, 32), (second, first, 16)):
+        small = torch.nn.functional.interpolate(output.pixels, size=(64 // stride, 96 // stride), mode="bilinear")
+        inside = maskdino.mask_logits(before.said.embeddings[None], small)[0] >= 0
+        assert torch.equal(row.seen.bool(), inside) or not inside.any() and row.seen.all()
+    model, record = look("dformer_coco_instance_r50_50ep", sampling_steps=2)
+    steps = evaluate.stages(model, record, queries)[:2]
+    assert not torch.equal(steps[0].seen, steps[1].seen) and 0 <= steps[1].seen.min() and steps[1].seen.max() <= 1
+    assert torch.equal(steps[1].said.logits, list(record[""][0].gave.sets.values())[-1].logits[0, queries])
+
+
+def test_windows_show_and_place_the_same():
+    """A white rectangle in a picture padded from 100 x 150 to 128 x 160, in a window that the image's border makes flat."""
+    pixels = np.zeros((128, 160), np.uint8)
+    pixels[40:60, 50:110] = 255
+    picture, boxes = Image.fromarray(pixels), torch.tensor([[80 / 160, 50 / 128, 60 / 160, 20 / 128], [75 / 160, 60 / 128, 150 / 160, 4 / 128]])
+    window = evaluate._Window.around(boxes, (100, 150), (128, 160))
+    assert window.part == pytest.approx((0, 0, 150 / 160, 100 / 128)) and window.size == (380, 253)
+    x0, y0, x1, y1 = evaluate._corners(window, boxes[0])
+    tile = np.asarray(window.show(picture))
+    assert (tile[round(y0) + 3:round(y1) - 3, round(x0) + 3:round(x1) - 3] == 255).all()
+    assert tile[:round(y0) - 3].max() == tile[round(y1) + 3:].max() == tile[:, :round(x0) - 3].max() == tile[:, round(x1) + 3:].max() == 0
+    close = evaluate._Window.around(boxes[:1], (100, 150), (128, 160))
+    assert close.size == (380, 380) and np.subtract(close.part[2:], close.part[:2]) @ (160, -128) == pytest.approx(0)
+
+
+def test_inks_differ_in_greyscale():
+    grey = evaluate._heat(np.linspace(0, 1, 50)) @ (0.299, 0.587, 0.114)
+    assert (np.diff(grey) > 0).all()
+    levels = [np.dot(evaluate._level_ink(i, 5), (0.299, 0.587, 0.114)) for i in range(5)]
+    assert min(-np.diff(levels)) > 25
+
+
+def test_explain_from_the_command_line(tmp_path, checkpoint):
+    coco = make_coco(tmp_path / "coco", count=2)
+    flags = [str(checkpoint), f"--images={coco}/val2017", "--threshold=0", "--device=cpu"]
+    evaluate.main([*flags, f"--out={tmp_path}/plain"])
+    evaluate.main([*flags, f"--out={tmp_path}/told", "--explain"])
+    assert (tmp_path / "plain/predictions.json").read_bytes() == (tmp_path / "told/predictions.json").read_bytes()
+    assert sorted(p.name for p in (tmp_path / "told/explain").iterdir()) == ["0.png", "1.png"] and not (tmp_path / "plain/explain").exists()
+
+
 @pytest.mark.parametrize("argv, words", [
     ([], "one checkpoint is needed"),
     (["CKPT"], "--data=DIR"),
@@ -768,6 +886,7 @@ def test_released_names_there_and_back(tmp_path, capsys):
     (["CKPT", "--data=x", "--val_instances=y.json"], "--val_instances is for panoptic models"),
     (["CKPT", "--data=x", "--layers", "--tta"], "without --tta"),
     (["CKPT", "--data=x", "--scale=shapes"], "--scale goes with --tables"),
+    (["CKPT", "--data=x", "--explain"], "--explain goes with --images"),
 ])
 def test_mistakes_end_in_one_sentence(checkpoint, argv, words):
     with pytest.raises(SystemExit) as stop:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -848,6 +849,45 @@ def test_backbone_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(maskdino.torchvision.models._api, "load_state_dict_from_url", offline)
     with pytest.raises(ConfigError, match="--backbone_weights=none"):
         maskdino.load_backbone_weights(maskdino.ResNet(Config(backbone="resnet50")), Config())
+
+
+def test_recording_keeps_every_call_and_changes_no_bit():
+    """Outputs and gradients, in training with its denoising; and nothing of it stays behind, not even after an error."""
+    def outcome(look):
+        torch.manual_seed(0)
+        model = MaskDINO(tiny(), 7)
+        with maskdino.recording(model) if look else nullcontext() as record:
+            output = model(torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8), [(64, 64), (64, 40)], random_targets([3, 1]))
+        (output.pixels.sum() + sum(part.sum() for said in (*output.sets.values(), *output.denoising.values()) for part in said)).backward()
+        return model, record, output, [p.grad for p in model.parameters()]
+    (_, _, plain, gradients), (model, record, looked, again) = outcome(False), outcome(True)
+    for a, b in ((plain.sets, looked.sets), (plain.denoising, looked.denoising)):
+        assert a.keys() == b.keys() and all(torch.equal(*pair) for name in a for pair in zip(a[name], b[name], strict=True))
+    assert torch.equal(plain.pixels, looked.pixels) and all(torch.equal(*pair) for pair in zip(gradients, again, strict=True))
+    assert record[""][0].gave is looked and len(record["heads"]) == 4 and record["decoder.layers.1"][0].given[0] is record["decoder.layers.0"][0].gave
+    with pytest.raises(ZeroDivisionError), maskdino.recording(model, "heads"):
+        assert [name for name, module in model.named_modules() if module._forward_hooks] == ["heads"]
+        raise ZeroDivisionError
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("overrides", [{}, dict(box_init="token"), dict(levels=(8, 16, 32), smallest_proposal="fine", box_init="bitmask"),
+                                       dict(two_stage=False, box_init="token"), dict(levels=(4, 8, 16, 32, 64), decoder_levels=3)])
+@torch.no_grad()
+def test_recorded_anchors_are_those_that_the_decoder_moved(overrides):
+    torch.manual_seed(0)
+    model = MaskDINO(tiny(**overrides), 7).eval()
+    nn.init.normal_(model.heads.box_head[-1].weight)
+    with maskdino.recording(model, r"query_selection|decoder\.layers\.\d+") as record:
+        sets = model(torch.randint(256, (1, 3, 64, 96), dtype=torch.uint8), [(64, 90)]).sets
+    anchors = before = record["query_selection"][0].gave[1]
+    assert torch.equal(sets["initial"].boxes, anchors)
+    for i in (0, 1):
+        given, x = record[f"decoder.layers.{i}"][0]
+        assert torch.equal(given[2], anchors)
+        assert torch.equal(sets[f"layer{i + 1}"].boxes, maskdino.refine(before, model.heads.box_head(model.heads.norm(x))))
+        anchors = before = maskdino.refine(anchors, model.heads.box_head(x))
+        assert not torch.equal(given[2], anchors)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the tour

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from PIL import Image
 from test_data import write_labels
 from torch.nn.parallel import DistributedDataParallel
 
@@ -140,6 +141,39 @@ def test_presets_run_on_trees_as_the_benchmarks_have_them(request, tmp_path, pre
     result = train.run(preset_name, small, where | {"out": str(tmp_path / "r")}, ALONE)
     assert result["steps"] == 2
     assert all(result[name] is not None for name in {"semantic": ["mIoU"], "panoptic": ["PQ", "box_AP"], "instance": ["mask_AP"]}[preset_name.split("_")[1]])
+
+
+@pytest.mark.parametrize("name, overrides", [("shapes", {}), ("shapes", dict(task="detection", box_init="token", denoising="box", matching="box")),
+                                             ("shapes_panoptic", {}), ("mask2former_shapes", {}), ("dformer_shapes", {})])
+def test_explain_batch_draws_a_page_and_touches_nothing(shapes, tmp_path, monkeypatch, name, overrides):
+    calls, draw = [], evaluate.batch_page
+    monkeypatch.setattr(evaluate, "batch_page", lambda *args: (calls.append(args), draw(*args)))
+    for _ in range(2):
+        assert train.run(name, SMALL | overrides, {"data": str(shapes), "out": str(tmp_path / "r"), "explain_batch": True}, ALONE) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["r_batch.png"] and Image.open(tmp_path / "r_batch.png").width > 400
+    model, targets, record, (cost, query, found), _ = calls[0]
+    b = max(range(len(targets)), key=lambda i: len(targets[i]["labels"]))
+    best, total = query[-1, b], sum(cost.values())[-1, b]
+    assert found[-1, b].all() and len(set(best.tolist())) == len(best)
+    assert total[best, range(len(best))].sum() <= total[range(len(best)), range(len(best))].sum()          # no dearer than any other assignment
+    if "label_embed" in record:
+        noised = record["decoder"][0].given[1][b, :len(best)]
+        assert (noised[:, :2] - targets[b]["boxes"][:, :2]).abs().le(0.5 * 0.4 * targets[b]["boxes"][:, 2:] + 1e-4).all()
+
+
+def test_explain_batch_of_a_checkpoint_and_without_objects(shapes, tmp_path, monkeypatch, capsys):
+    run(shapes, tmp_path / "r", max_steps=2)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir() if path.is_file()}
+    train.run("shapes", SMALL, {"data": str(shapes), "out": str(tmp_path / "r"), "explain_batch": True}, ALONE)
+    assert "the batch of step 3" in capsys.readouterr().out and (tmp_path / "r_batch.png").stat().st_size > 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir() if path.is_file()} == before
+    real = data.CocoDataset.__getitem__
+
+    def bare(self, item):
+        image, target = real(self, item)
+        return image, target | {key: target[key][:0] for key in ("labels", "boxes", "masks")}
+    monkeypatch.setattr(data.CocoDataset, "__getitem__", bare)
+    train.run("shapes", SMALL, {"data": str(shapes), "out": str(tmp_path / "r"), "explain_batch": True}, ALONE)
 
 
 def test_resume_without_a_checkpoint_starts(shapes, tmp_path):
