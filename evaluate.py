@@ -717,6 +717,7 @@ def _chart(draw: ImageDraw.ImageDraw, area: list, title: str, series: dict, zoom
 # heat maps and the dots of coarse and fine levels are scales of lightness.
 INSIDE = r"|pixel_decoder|query_selection|heads(\.class_head)?|label_embed|pool|decoder(\.layers\.\d+(\.cross_attn\.(sampling_offsets|attention_weights))?)?"
 HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))            # ever lighter
+LOGITS, INK = 8, "#d0006f"                                                                    # where the heat of mask logits ends; of a box
 SIDE, ZOOM = 190, 2                                                                           # of a tile in pixels; it is drawn larger and reduced
 
 
@@ -845,7 +846,7 @@ class _Window(NamedTuple):
 
 def _cell(picture: Image.Image, window: _Window, row: Stage, k: int, logits: torch.Tensor | None, height: int) -> Image.Image:
     """Where query k looked and its boxes; beside it its mask logits (h, w). height: of the result, as that of the row's highest."""
-    tile = Image.blend(window.show(picture), Image.new("RGB", window.size, "white"), 0.3)
+    tile = _faded(picture, window)
     if row.seen is not None:
         light = window.show(to_pil_image(row.seen[k].cpu().clamp(0, 1)), Image.Resampling.NEAREST)
         tile = Image.composite(tile, Image.blend(tile, Image.new("RGB", window.size, "#201040"), 0.8), light)
@@ -865,7 +866,8 @@ def _cell(picture: Image.Image, window: _Window, row: Stage, k: int, logits: tor
     return sheet.reduce(ZOOM)
 
 
-INK = "#d0006f"
+def _faded(picture: Image.Image, window: _Window) -> Image.Image:
+    return Image.blend(window.show(picture), Image.new("RGB", window.size, "white"), 0.3)
 
 
 def _corners(window: _Window, box: torch.Tensor) -> list[float]:
@@ -904,9 +906,6 @@ def _level_ink(level: int, levels: int) -> tuple[int, int, int]:
 def _heat(x: np.ndarray) -> np.ndarray:
     """0..1, any shape -> (..., 3) uint8, from black to pale yellow."""
     return np.stack([np.interp(x, np.linspace(0, 1, len(HEAT)), channel) for channel in zip(*HEAT, strict=True)], -1).astype(np.uint8)
-
-
-LOGITS = 8                                                                                    # the heat map's ends
 
 
 def _mask_heat(logits: torch.Tensor, window: _Window) -> Image.Image:
@@ -994,8 +993,9 @@ def batch_page(model, targets: list[dict], record: dict, matched: tuple, path: P
         _, anchors, _, _, blocked, _ = record["decoder"][0].given
         noised, slots = record["label_embed"][b].given[0], max(len(t["labels"]) for t in targets)
         grid = Image.fromarray(np.where(blocked.cpu().numpy(), 60, 235).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.NEAREST).convert("RGB")
-        lines.append((f"denoising in {len(noised)} groups", [(f"group {g + 1}: {int((noised[g] != target['labels']).sum())} of {N} labels wrong", _noised(
-            picture, window, target["boxes"], anchors[b, g * slots:g * slots + N], labels, names)) for g, labels in enumerate(noised[:4])]))
+        lines.append((f"denoising in {len(noised)} groups", [(f"group {g + 1}: {int((noised[g] != target['labels']).sum())} of {N} labels wrong", _pairs(
+            picture, window, target["boxes"], anchors[b, g * slots:g * slots + N], [names[k] for k in labels], labels)) for g, labels in
+            enumerate(noised[:4].tolist())]))
         lines[-1][1].append((f"light: rows see columns, the last {len(blocked) - len(noised) * slots} are the queries", grid))
     if "pool" in record:
         noisy = record["pool"][0].given[0][b, :6].cpu()
@@ -1007,38 +1007,33 @@ def batch_page(model, targets: list[dict], record: dict, matched: tuple, path: P
     _sheet(f"One step's batch; below, image {target['image_id']}: clean boxes solid, noised or predicted ones dashed", lines).save(path)
 
 
-def _noised(picture: Image.Image, window: _Window, clean: torch.Tensor, noised: torch.Tensor, labels: torch.Tensor, names: list[str]) -> Image.Image:
-    """Boxes (n, 4) of objects, and dashed what became of them, under its label."""
-    tile = Image.blend(window.show(picture), Image.new("RGB", window.size, "white"), 0.3)
-    corners = [_corners(window, box) for box in noised]
-    for before, after in zip(clean, corners, strict=True):
+def _pairs(picture: Image.Image, window: _Window, solid: torch.Tensor, dashed: torch.Tensor, texts: list[str], labels: list[int]) -> Image.Image:
+    """Boxes (n, 4), and dashed what became of them, with a text in the colour of a label."""
+    tile, corners = _faded(picture, window), [_corners(window, box) for box in dashed]
+    for before, after in zip(solid, corners, strict=True):
         _box(ImageDraw.Draw(tile), _corners(window, before), INK)
         _box(ImageDraw.Draw(tile), after, None)
-    _write_labels(tile, corners, [names[k] for k in labels.tolist()], [colour(k) for k in labels.tolist()], 11 * ZOOM)
+    _write_labels(tile, corners, texts, [colour(k) for k in labels], 11 * ZOOM)
     return tile.reduce(ZOOM)
 
 
 def _assignment(output: maskdino.Output, picture: Image.Image, window: _Window, target: dict, b: int, cost: dict[str, torch.Tensor], query: list[int],
                 names: list[str], most: int = 8) -> list[tuple[str, Image.Image]]:
     """The objects with their queries' boxes; the total cost and its parts, of these and of the next cheapest queries."""
-    last, objects = list(output.sets.values())[-1], [f"{n + 1} {names[k]}" for n, k in enumerate(target["labels"].tolist())][:most]
-    boxes = None if last.boxes is None else last.boxes[b, query]
+    last, labels, n = list(output.sets.values())[-1], target["labels"][:most].tolist(), min(most, len(query))
+    boxes = None if last.boxes is None else last.boxes[b, query[:n]]
     if boxes is None:
-        boxes = maskdino.boxes_of_masks(maskdino.mask_logits(last.embeddings[b:b + 1, query].float(), output.pixels[b:b + 1].float())[0] > 0, "bitmask")
-    tile = Image.blend(window.show(picture), Image.new("RGB", window.size, "white"), 0.3)
-    for n in range(len(objects)):
-        _box(ImageDraw.Draw(tile), _corners(window, target["boxes"][n]), INK)
-        _box(ImageDraw.Draw(tile), _corners(window, boxes[n]), None)
-    places, colours = [_corners(window, box) for box in target["boxes"][:most]], [colour(k) for k in target["labels"].tolist()]
-    _write_labels(tile, places, [f"{n + 1}: query {q}" for n, q in enumerate(query[:most])], colours[:most], 11 * ZOOM)
+        boxes = maskdino.boxes_of_masks(maskdino.mask_logits(last.embeddings[b:b + 1, query[:n]].float(), output.pixels[b:b + 1].float())[0] > 0, "bitmask")
+    tile = _pairs(picture, window, target["boxes"][:n], boxes, [f"{i + 1}: query {q}" for i, q in enumerate(query[:n])], labels)
+    objects = [f"{i + 1} {names[k]}" for i, k in enumerate(labels)]
     groups = {"class": ("class",), "box": ("l1", "giou"), "mask": ("mask", "dice")}
     parts = {name: sum(cost[key] for key in keys) for name, keys in groups.items() if cost.keys() & set(keys)}
     parts = {"total": sum(parts.values())} | parts
     cheapest = [q for q in parts["total"].amin(1).argsort().tolist() if q not in query]
-    shown = [*dict.fromkeys(query[:most]), *cheapest][:most + 2]
-    marked = [(n, shown.index(q)) for n, q in enumerate(query[:most])]
-    return [("objects and their queries", tile.reduce(ZOOM)),
-            *((f"{name}: queries across, the assigned ones framed", _matrix(c[shown].T[:most], objects, shown, marked)) for name, c in parts.items())]
+    shown = [*dict.fromkeys(query[:n]), *cheapest][:n + 6]
+    marked = [(i, shown.index(q)) for i, q in enumerate(query[:n])]
+    return [("objects and their queries", tile),
+            *((f"{name} cost: queries across, the assigned ones framed", _matrix(c[shown].T[:n], objects, shown, marked)) for name, c in parts.items())]
 
 
 def _matrix(values: torch.Tensor, rows: list[str], columns: list[int], marked: list[tuple[int, int]]) -> Image.Image:
