@@ -1138,26 +1138,54 @@ class Row(NamedTuple):
     paper: tuple[float | None, ...]         # in the order of the table's metrics
     base: str = ""                          # the row that it is compared with
     layer: int | None = None                # what is read out: the prediction after this of nine decoder layers, 0 = query selection
+    at_test: dict = {}                      # what is changed of the trained model, which is then evaluated again
     remark: str = ""                        # of a row that is paper only: why, or the command that comes nearest
+    unchecked: bool = False                 # the paper's numbers are from memory: not looked up again
+
+    def result(self, folder: Path) -> Path:
+        """The file with this row's numbers, in its run's folder."""
+        if self.at_test:
+            return folder / "--".join(f"{k}={_flag(v)}" for k, v in self.at_test.items()) / "result_eval.json"
+        return folder / ("result.json" if self.layer is None else "result_layers.json")
+
+    def command(self, run: "Run", root: Path, where: str | None) -> str:
+        """What leaves that file: trains, or evaluates the trained model once more."""
+        folder = root / run.name
+        if self.result(folder) == folder / "result.json" or not (folder / "result.json").exists():
+            return run.command(root, where)
+        words = [f"--{k}={_flag(v)}" for k, v in self.at_test.items()] + [f"--out={self.result(folder).parent}"] if self.at_test else ["--layers"]
+        return " ".join(["python evaluate.py", str(folder / "checkpoint.pth"), *words, f"--data={run.data(where) or 'DIR'}"])
 
 
 class Table(NamedTuple):
     """A table of the paper, or two that belong together."""
     title: str
-    metrics: tuple[str, ...]                # keys of EMPTY
+    metrics: tuple[str, ...]                # keys of EMPTY or COSTS
     rows: dict[str, Row]
 
 
+COSTS = {"minutes": ("seconds", 60), "GB": ("peak_memory", 2 ** 30)}                          # of training: a key of result.json, and its unit
 TOKEN = dict(box_init="token")                                                                # without mask-enhanced box initialisation
 DETECTION = dict(task="detection", box_init="token", denoising="box", matching="box")
 SCALED = TOKEN | dict(levels=(8, 16, 32, 64))
+UNLEARNED = dict(content_queries="zero", initial_prediction=False)
 NO_PARTS = dict(box_init="token", content_queries="learned", denoising="box", matching="box")
 OBJECTS365 = "pre-train: train.py coco_instance_swinl_50ep_token --task=detection --denoising=box --matching=box --train_json=JSON --train_images=DIR " \
              "--val_json=JSON --val_images=DIR --out=runs/objects365; then train.py {} --finetune=runs/objects365/checkpoint.pth"
 I12, I24, I50 = (f"coco_instance_r50_{epochs}ep" for epochs in (12, 24, 50))
 P12, P24, P50 = (f"coco_panoptic_r50_{epochs}ep" for epochs in (12, 24, 50))
-M50 = "mask2former_coco_instance_r50_50ep"
+M50, D50 = (f"{name}_coco_instance_r50_50ep" for name in ("mask2former", "dformer"))
 TWELVE = dict(iterations=88_500, lr_drops=(81_125,))
+
+
+def three_tasks(rows: dict[str, tuple[dict, tuple[float, ...]]], base: str) -> dict[str, Row]:
+    """Rows of an ablation of Mask2Former's, each for three tasks: {label: (overrides, the paper's mask AP, PQ and ADE20K's mIoU)}. Its main numbers alone
+    were looked up again."""
+    presets = {"instance": M50, "panoptic": "mask2former_coco_panoptic_r50_50ep", "semantic": "mask2former_ade20k_semantic_r50"}
+    return {f"{label}, {task}": Row(preset, overrides, tuple(number if i == k else None for k, number in enumerate(numbers)),
+                                    base="" if label == base else f"{base}, {task}", unchecked=label != base)
+            for i, (task, preset) in enumerate(presets.items()) for label, (overrides, numbers) in rows.items()}
+
 
 # A run is named after its preset and overrides, so that tables share it. What a row is about stands in its overrides even where the preset says the same.
 TABLES: dict[str, Table] = {
@@ -1233,6 +1261,35 @@ TABLES: dict[str, Table] = {
         "without unified denoising": Row(I12, dict(denoising="box"), (44.4, 40.3), base="full model"),
         "without hybrid matching": Row(I12, dict(matching="box"), (44.9, 40.5), base="full model"),
         "without all four": Row(I12, NO_PARTS, (41.7, 38.5), base="full model")}),
+    "models": Table("Mask DINO and its siblings with the same budget, 50 epochs", ("box_AP", "mask_AP", "minutes", "GB"), {
+        "Mask DINO": Row(I50, {}, (51.7, 46.3, None, None)),
+        "Mask2Former": Row(M50, {}, (46.2, 43.7, None, None), base="Mask DINO"),
+        "DFormer": Row(D50, {}, (None, 42.6, None, None), base="Mask DINO")}),
+    "m2f_components": Table("Mask2Former's Tables 4a and 4b: what its decoder is made of", ("mask_AP", "PQ", "mIoU"), three_tasks({
+        "full model": ({}, (43.7, 51.9, 47.2)),
+        "without masked attention": (dict(masked_attention=False), (37.8, 47.1, 45.5)),
+        "without high-resolution features": (dict(attention_strides=(32,)), (41.5, 50.2, 46.1)),
+        "without learned query features": (UNLEARNED, (42.9, 51.2, 45.4)),
+        "self-attention first": (dict(self_attention_first=True), (43.2, 51.6, 46.3)),
+        "with dropout": (dict(dropout=0.1), (43.0, 51.3, 47.2)),
+        "the last three at once": (UNLEARNED | dict(self_attention_first=True, dropout=0.1), (42.3, 50.8, 46.3))}, base="full model")),
+    "m2f_scales": Table("Mask2Former's Table 4d: levels that its decoder sees", ("mask_AP", "PQ", "mIoU"), three_tasks({
+        "stride 32": (dict(attention_strides=(32,)), (41.5, 50.2, 46.1)),
+        "stride 16": (dict(attention_strides=(16,)), (43.0, 51.5, 46.5)),
+        "stride 8": (dict(attention_strides=(8,)), (44.0, 51.8, 47.4)),
+        "all three in every layer": (dict(round_robin=False), (44.0, 51.9, 46.3)),
+        "one after the other": ({}, (43.7, 51.9, 47.2))}, base="one after the other")),
+    "m2f_points": Table("Mask2Former's Table 5: masks compared at points or whole (loss on them: 6 or 18 GB an image in the paper, unchecked)",
+                        ("mask_AP", "PQ", "mIoU", "GB"), three_tasks({
+        "matching on masks, loss on masks": (dict(matching_on="masks", loss_on="masks"), (41.0, 50.3, 45.9, None)),
+        "matching on masks, loss on points": (dict(matching_on="masks"), (41.0, 50.8, 45.9, None)),
+        "matching on points, loss on masks": (dict(loss_on="masks"), (43.1, 51.4, 47.3, None)),
+        "both on points": ({}, (43.7, 51.9, 47.2, None))}, base="both on points")),
+    "dformer": Table("DFormer: noise scale b, sampling steps, encoding (its paper's numbers are not known)", ("mask_AP",), {
+        **{f"b = {b}, {steps}": Row(D50, dict(noise_scale=b), (None,), base="" if (b, n) == (0.1, 1) else "b = 0.1, 1 step",
+                                    at_test=dict(sampling_steps=n) if n > 1 else {})
+           for b in (0.1, 0.5, 1.0) for n, steps in ((1, "1 step"), (4, "4 steps"), (8, "8 steps"))},
+        "b = 0.1, shuffled encoding": Row(D50, dict(mask_encoding="shuffled"), (None,), base="b = 0.1, 1 step")}),
 }
 # --scale=shapes: the same rows on generated data. A short schedule, the same for all rows; the rest is the shapes preset's.
 SMALL = dict(iterations=1000, warmup=100, evaluate_every=0)
@@ -1304,23 +1361,24 @@ class Cell(NamedTuple):
 
 
 def cells_of(row: Row, metrics: tuple[str, ...], root: Path, scale: str | None, by_hand: dict | None = None) -> list[Cell | None]:
-    """What was measured for a row, from result.json (of read-outs result_layers.json) of every seed; None where nothing was."""
+    """What was measured for a row, from the results of every seed; None where nothing was."""
     run = run_of(row, scale, by_hand)
-    results = [] if run is None else _results(root, run, row.layer)
+    results = [] if run is None else _results(root, run, row)
     cells = []
     for metric in metrics:
-        known = [result[metric] for result in results if result.get(metric) is not None]
+        key, unit = COSTS.get(metric, (metric, 1))
+        known = [result[key] / unit for result in results if result.get(key) is not None]
         cells.append(Cell(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known)) if known else None)
     return cells
 
 
-def _results(root: Path, run: Run, layer: int | None) -> list[dict]:
-    """The results of a run, one for each seed."""
+def _results(root: Path, run: Run, row: Row) -> list[dict]:
+    """The results of a row, one for each seed of its run."""
     folders = [root / run.name, *(f for f in root.glob(f"{run.name}--seed=*") if f.name.rpartition("=")[2].isdigit() and f.name.count("--seed=") == 1)]
-    if layer is None:
-        return [json.loads((f / "result.json").read_text()) for f in folders if (f / "result.json").exists()]
-    depth = layer * maskdino.preset(run.preset, **run.overrides).dec_layers // 9
-    found = [json.loads((f / "result_layers.json").read_text()) for f in folders if (f / "result_layers.json").exists()]
+    found = [json.loads(file.read_text()) for f in folders if (file := row.result(f)).exists()]
+    if row.layer is None:
+        return found
+    depth = row.layer * maskdino.preset(run.preset, **run.overrides).dec_layers // 9
     return [sets[f"layer{depth}" if depth else "initial"] for sets in found]
 
 
@@ -1345,7 +1403,7 @@ def verdict(paper: float, ours: tuple[float, float | None] | None) -> str:
 def compared(table: Table, root: Path, scale: str | None, by_hand: dict | None = None) -> list[dict]:
     """A table as lines, one for each row and metric: {row, metric, paper, ours (Cell), paper_effect, effect, verdict}, None where there is nothing."""
     cells = {name: dict(zip(table.metrics, cells_of(row, table.metrics, root, scale, by_hand), strict=True)) for name, row in table.rows.items()}
-    source = {name: (run.name if (run := run_of(row, scale, by_hand)) else name, row.layer) for name, row in table.rows.items()}
+    source = {name: (row.result(Path(run.name if (run := run_of(row, scale, by_hand)) else name)), row.layer) for name, row in table.rows.items()}
     lines = []
     for name, row in table.rows.items():
         for i, metric in enumerate(table.metrics):
@@ -1366,18 +1424,18 @@ def table_text(name: str, root: Path, scale: str | None = None, by_hand: dict | 
     grid = [("", "metric", "paper", "ours", "difference", "paper's effect", "ours", "sign")]
     for line in compared(table, root, scale, by_hand):
         ours, (own, error) = line["ours"], line["effect"] or (None, None)
-        grid.append((line["row"], line["metric"], _number(line["paper"]), f"{ours.mean:.1f}{_spread(ours.spread)} ({ours.seeds})" if ours else "",
+        paper = _number(line["paper"]) + " (unchecked)" * (table.rows[line["row"]].unchecked and line["paper"] is not None)
+        grid.append((line["row"], line["metric"], paper, f"{ours.mean:.1f}{_spread(ours.spread)} ({ours.seeds})" if ours else "",
                      _number(ours.mean - line["paper"], "+") if ours and line["paper"] is not None else "", _number(line["paper_effect"], "+"),
                      _number(own, "+") + _spread(error), line["verdict"]))
     for label, row in table.rows.items():
         run = run_of(row, scale, by_hand)
         if run is None:
             missing[label] = "paper only: " + row.remark if row.preset is None else "only at the paper's size"
-        elif names.setdefault((run.name, row.layer), label) != label:
-            missing[label] = f"at this scale the same run as '{names[run.name, row.layer]}'"
+        elif (first := names.setdefault((row.result(Path(run.name)), row.layer), label)) != label:
+            missing[label] = f"at this scale the same run as '{first}'"
         elif not any(cells_of(row, table.metrics, root, scale, by_hand)):
-            missing[label] = run.command(root, where) if row.layer is None or not _results(root, run, None) else \
-                f"python evaluate.py {root / run.name / 'checkpoint.pth'} --layers --data={run.data(where) or 'DIR'}"
+            missing[label] = row.command(run, root, where)
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     lines = ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, "<<>>>>><", widths, strict=True)).rstrip() for line in grid]
     return "\n".join([f"{name}: {table.title}" + f", at scale {scale}" * bool(scale), *lines, *(f"  {label}: {what}" for label, what in missing.items())])

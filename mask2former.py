@@ -33,7 +33,7 @@ class Attention(nn.MultiheadAttention):
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q, k, v = (F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)                        # (B, M, Q or S, C / M)
                    for x, w, b in zip((query, key, value), weights, biases, strict=True))
-        x = F.scaled_dot_product_attention(q, k, v, None if blocked is None else ~blocked[:, None])
+        x = F.scaled_dot_product_attention(q, k, v, None if blocked is None else ~blocked[:, None], self.dropout * self.training)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
@@ -44,21 +44,25 @@ class MaskedDecoderLayer(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         C, self.self_attention_first = config.hidden, config.self_attention_first
-        self.self_attn = Attention(C, config.heads)
+        self.dropout = nn.Dropout(config.dropout)
+        self.self_attn = Attention(C, config.heads, config.dropout)
         self.norm1 = nn.LayerNorm(C)
-        self.cross_attn = Attention(C, config.heads)
+        self.cross_attn = Attention(C, config.heads, config.dropout)
         self.norm2 = nn.LayerNorm(C)
         self.ffn = MLP(C, config.dec_ffn, C)
         self.norm3 = nn.LayerNorm(C)
 
     def forward(self, x: Tensor, pos: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None) -> Tensor:
+        drop = self.dropout
+
         def among(x: Tensor) -> Tensor:
-            return self.norm1(x + self.self_attn(x + pos, x + pos, x))
+            return self.norm1(x + drop(self.self_attn(x + pos, x + pos, x)))
 
         def inside(x: Tensor) -> Tensor:
-            return self.norm2(x + self.cross_attn(x + pos, key, value, blocked))                                # equation 2
+            return self.norm2(x + drop(self.cross_attn(x + pos, key, value, blocked)))                          # equation 2
         x = inside(among(x)) if self.self_attention_first else among(inside(x))
-        return self.norm3(x + self.ffn(x))
+        widen, relu, narrow = self.ffn
+        return self.norm3(x + drop(narrow(drop(relu(widen(x))))))
 
 
 class Scale(NamedTuple):

@@ -107,6 +107,7 @@ class Config:
     detection_head: bool = True                                      # predict boxes; without, an instance's box is its mask's (Table 1)
     masked_attention: bool = True                                    # Mask2Former (Table 4a): a query looks inside its last mask only
     self_attention_first: bool = False                               # Mask2Former (Table 4b): else each layer starts with cross-attention
+    dropout: float = 0.0                                             # Mask2Former (Table 4b), in its decoder: the paper leaves it out
     attention_strides: tuple[int, ...] = ()                          # Mask2Former (Table 4d): levels that its decoder sees; () = all
     round_robin: bool = True                                         # Mask2Former (Table 4d): one of them a layer, coarse to fine; else all in each
     noise_scale: float = 0.1                                         # DFormer: masks are -b and b before noise of variance 1 comes
@@ -173,6 +174,8 @@ class Config:
             raise ConfigError(f"--hidden={self.hidden}: must be a multiple of 32 (group norm) and of --heads={self.heads}")
         if self.backbone.startswith("swin") and (32 not in self.levels or not self.masks and 4 not in self.levels):
             raise ConfigError(f"--backbone={self.backbone} needs all its four maps: --levels=4,8,16,32")        # unused ones would get no gradient
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"--dropout={self.dropout:g}: a share of 1, as in 0.1")
         if wrong := misfit(self, file_of(self.model).SUPPORTED):
             raise ConfigError(f"--model={self.model} does not know {wrong}")
         if self.class_cost == "probability" and self.class_loss != "ce":
@@ -191,7 +194,7 @@ ARCHITECTURE = ("model", "task", "backbone", "backbone_norm", "levels", "decoder
                 "dec_layers", "dec_ffn", "queries", "two_stage", "content_queries", "box_init", "smallest_proposal", "initial_prediction", "class_loss",
                 "denoising", "detection_head", "masked_attention", "self_attention_first", "attention_strides", "round_robin", "noise_scale", "mask_encoding")
 # What Mask DINO knows of fields that are not for every model; its siblings have such a table in their files.
-SUPPORTED = dict(content_queries=("selected", "learned"), detection_head=(True,), masked_attention=(True,), self_attention_first=(False,),
+SUPPORTED = dict(content_queries=("selected", "learned"), detection_head=(True,), masked_attention=(True,), self_attention_first=(False,), dropout=(0.0,),
                  attention_strides=((),), round_robin=(True,))
 
 SHAPES = dict(
@@ -205,6 +208,7 @@ MASK2FORMER = dict(
     denoising="none", class_loss="ce", class_cost="probability", class_weight=2.0, detection_head=False, object_threshold=0.8, temperature=0.0)
 DFORMER = MASK2FORMER | dict(model="dformer", content_queries="pooled", initial_prediction=False, total_batch=12, iterations=491_666,
                              lr_drops=(437_037, 473_456))
+SIBLING = SHAPES | dict(levels=(8, 16, 32))                             # for as many decoder layers; they look at one level in each
 ADE20K = dict(task="semantic", image_size=512, scale_jitter=(0.5, 2.0), test_short=512, test_long=2048, iterations=160_000)
 CITYSCAPES = dict(task="semantic", backbone_norm="batch", crop_height=512, scale_jitter=(0.5, 2.0), test_short=1024, test_long=2048, iterations=90_000)
 
@@ -243,9 +247,9 @@ PRESETS: dict[str, dict] = {
     "cityscapes_semantic_r50": dict(
         about="paper: mIoU 80.0 (Table 6)", released="cityscapes_79.8miou", class_loss="ce", two_stage=False, levels=(8, 16, 32), enc_ffn=1024,
         queries=100, box_init="token", smallest_proposal="fine", lr_drops=(80_000, 87_000), **CITYSCAPES),
-    "mask2former_shapes": dict(about="Mask2Former on generated shapes, a model of the same size", **MASK2FORMER | SHAPES),
-    "mask2former_shapes_panoptic": dict(about="the same with its ground as stuff", **MASK2FORMER | SHAPES | dict(task="panoptic", queries=100)),
-    "mask2former_shapes_semantic": dict(about="the same, a class for every pixel", task="semantic", **MASK2FORMER | SHAPES | dict(scale_jitter=(1.0, 1.5))),
+    "mask2former_shapes": dict(about="Mask2Former on generated shapes, a model as small", **MASK2FORMER | SIBLING),
+    "mask2former_shapes_panoptic": dict(about="the same with its ground as stuff", **MASK2FORMER | SIBLING | dict(task="panoptic", queries=100)),
+    "mask2former_shapes_semantic": dict(about="the same, a class for every pixel", task="semantic", **MASK2FORMER | SIBLING | dict(scale_jitter=(1.0, 1.5))),
     "mask2former_coco_instance_r50_50ep": dict(about="paper: mask AP 43.7", released="model_final", **MASK2FORMER),
     "mask2former_coco_instance_swint_50ep": dict(about="paper: mask AP 45.0", released="model_final", backbone="swin_t", **MASK2FORMER),
     "mask2former_coco_instance_swinl_100ep": dict(about="paper: mask AP 50.1", released="model_final", backbone="swin_l", iterations=737_500,
@@ -254,9 +258,9 @@ PRESETS: dict[str, dict] = {
     "mask2former_ade20k_semantic_r50": dict(about="paper: mIoU 47.2", released="model_final", lr_schedule="poly", **MASK2FORMER | ADE20K),
     "mask2former_cityscapes_semantic_r50": dict(about="paper: mIoU 79.0 (Mask DINO, Table 6)", released="model_final", lr_schedule="poly",
                                                 **MASK2FORMER | CITYSCAPES),
-    "dformer_shapes": dict(about="DFormer on generated shapes, a model of the same size", **DFORMER | SHAPES),
-    "dformer_shapes_panoptic": dict(about="the same with its ground as stuff", **DFORMER | SHAPES | dict(task="panoptic", queries=100)),
-    "dformer_shapes_semantic": dict(about="the same, a class for every pixel", task="semantic", **DFORMER | SHAPES | dict(scale_jitter=(1.0, 1.5))),
+    "dformer_shapes": dict(about="DFormer on generated shapes, a model as small", **DFORMER | SIBLING),
+    "dformer_shapes_panoptic": dict(about="the same with its ground as stuff", **DFORMER | SIBLING | dict(task="panoptic", queries=100)),
+    "dformer_shapes_semantic": dict(about="the same, a class for every pixel", task="semantic", **DFORMER | SIBLING | dict(scale_jitter=(1.0, 1.5))),
     "dformer_coco_instance_r50_50ep": dict(about="paper: mask AP 42.6", released="dformer", **DFORMER),
     "dformer_coco_instance_swint_50ep": dict(about="paper: mask AP 44.4", released="dformer", backbone="swin_t", **DFORMER),
     "dformer_coco_panoptic_r50_50ep": dict(about="paper: PQ 51.1", released="dformer", task="panoptic", **DFORMER),

@@ -213,6 +213,14 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """A table trains several runs in one process; each has its own peak. On a CPU only Linux can do that, elsewhere the peak is that of all so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (switch := Path("/proc/self/clear_refs")).exists():
+        switch.write_text("5")
+
+
 def write_step(out: Path, state: State, config: Config, world: World, facts: dict, speed: float) -> None:
     names = sorted(facts["parts"])
     values = [v / world.size for v in world.sum([float(facts["parts"][k]) for k in names])]
@@ -384,8 +392,7 @@ def explain_batch(state: State, config: Config, dataset: data.ImageDataset, path
 def run(name: str, overrides: dict, actions: dict, world: World) -> dict | None:
     """One whole run: data, model, training, evaluation. Returns its result.json; with --explain_batch a page is drawn instead, nothing returned."""
     config = maskdino.preset(name, **overrides)
-    if world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(world.device)            # a table trains several runs in one process
+    forget_peak_memory(world.device)
     check_batch(config, world)
     out = Path(actions.get("out") or Path("runs") / name)
     checkpoint = prepare_folder(out, actions)
@@ -425,19 +432,18 @@ def run(name: str, overrides: dict, actions: dict, world: World) -> dict | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- the paper's tables
-def jobs_of(table: evaluate.Table, scale: str | None, by_hand: dict, seeds: int) -> dict[str, tuple[evaluate.Run, list[str], bool]]:
-    """What a table trains, by folder: the run, the rows that want it, whether they want its layers read out. All rows of a seed before the next one."""
+def jobs_of(table: evaluate.Table, scale: str | None, by_hand: dict, seeds: int) -> dict[str, tuple[evaluate.Run, dict[str, evaluate.Row]]]:
+    """What a table trains, by folder: the run and the rows that want it. All rows of a seed before the next one."""
     jobs = {}
     for seed in range(seeds):
         for label, row in table.rows.items():
             if run := evaluate.run_of(row, scale, by_hand | ({"seed": seed} if seed else {})):
-                _, labels, layers = jobs.get(run.name, (run, [], False))
-                jobs[run.name] = run, [*labels, label], layers or row.layer is not None
+                jobs.setdefault(run.name, (run, {}))[1][label] = row
     return jobs
 
 
 def run_table(name: str, overrides: dict, actions: dict, world: World) -> None:
-    """Trains the rows of a table that have no result.json yet, reads out layers where rows want that, prints and draws the table.
+    """Trains the rows of a table that have no result.json yet, evaluates again where rows want that, prints and draws the table.
 
     A row that was stopped goes on from its checkpoint, so the same command is safe to repeat.
     """
@@ -451,36 +457,49 @@ def run_table(name: str, overrides: dict, actions: dict, world: World) -> None:
         if world.first:
             print(plan(jobs, root, actions.get("data")))
         return
-    for folder, (run_, labels, layers) in jobs.items():
+    for folder, (run_, rows) in jobs.items():
         where = {k: v for k, v in actions.items() if k not in ("table", "scale", "seeds", "out")} | {"out": str(root / folder)}
         if "data" in actions:
             where["data"] = run_.data(actions["data"])
         if world.first:
-            print(f"\n{name}: {', '.join(labels)}, seed {run_.overrides.get('seed', 0)}: {root / folder}")
+            print(f"\n{name}: {', '.join(rows)}, seed {run_.overrides.get('seed', 0)}: {root / folder}")
         if not (root / folder / "result.json").exists():
             run(run_.preset, run_.overrides, where | {"resume": True}, world)
-        if layers and not (root / folder / "result_layers.json").exists():
-            model, _ = maskdino.load(root / folder / "checkpoint.pth", world.device)
-            evaluate.layers(model, open_data(model.config, where, world, run_.preset)[1], root / folder, model.config.workers)
+        for row in {row.result(root / folder): row for row in rows.values()}.values():
+            if not row.result(root / folder).exists():
+                read_out(row, root / folder, where, world, run_.preset)
     if world.first:
         print()
         evaluate.show_tables([name], root, scale, overrides, actions.get("data"))
 
 
+def read_out(row: evaluate.Row, folder: Path, where: dict, world: World, name: str) -> None:
+    """Evaluates a trained model once more: the prediction of every layer, or with what the row changes at inference."""
+    model, _ = maskdino.load(folder / "checkpoint.pth", world.device, **row.at_test)
+    evaluation = open_data(model.config, where, world, name)[1]
+    if row.layer is not None:
+        evaluate.layers(model, evaluation, folder, model.config.workers)
+        return
+    scores = score(model, evaluation, row.result(folder).parent, model.config)
+    if world.first:
+        row.result(folder).write_text(json.dumps(scores, indent=1))
+
+
 def plan(jobs: dict, root: Path, where: str | None) -> str:
     """What a table would train, with commands and hours. The speed is that of the rows that are finished; of shapes, before one is, the README's."""
     lines, total, done = [], 0.0, [file for folder in jobs if (file := root / folder / "result.json").exists()]
-    if not done and all("shapes" in run_.preset for run_, _, _ in jobs.values()):
+    if not done and all("shapes" in run_.preset for run_, _ in jobs.values()):
         done = [Path(__file__).parent / "assets" / "shapes.json"]
     speeds = [speed for file in done if (speed := json.loads(file.read_text())["images_per_second"])]
     speed = sum(speeds) / len(speeds) if speeds else None
-    for folder, (run_, labels, layers) in jobs.items():
+    for folder, (run_, rows) in jobs.items():
         config, there = maskdino.preset(run_.preset, **run_.overrides), root / folder
         state = "done" if (there / "result.json").exists() else "resumes" if (there / "checkpoint.pth").exists() else "to do"
         hours = (config.max_steps or config.iterations) * config.total_batch / speed / 3600 if speed else None
         total += (hours or 0) * (state != "done")
-        lines += [f"{', '.join(labels)}, seed {config.seed}: {state}" + (f", {hours:.2f} hours" if hours and state != "done" else "") +
-                  ", then its layers are read out" * layers, f"    {run_.command(root, where)}"]
+        again = ", ".join(label for label, row in rows.items() if row.result(there) != there / "result.json")
+        lines += [f"{', '.join(rows)}, seed {config.seed}: {state}" + (f", {hours:.2f} hours" if hours and state != "done" else "") +
+                  f"; evaluated again for {again}" * bool(again), f"    {run_.command(root, where)}"]
     estimate = f"about {total:.1f} hours at {speed:.1f} images/s" if speed else "time unknown until a row has run"
     return "\n".join([*lines, f"{len(jobs)} runs, {estimate}, evaluation not counted"])
 

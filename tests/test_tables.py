@@ -1,5 +1,7 @@
 """The paper's tables: every row builds, differs from its base in what it says and in nothing else, trains; the runner; the printing. At tiny sizes."""
+import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,7 +11,10 @@ from PIL import Image
 from test_maskdino import random_targets
 
 import data
+import dformer
 import evaluate
+import losses
+import mask2former
 import maskdino
 import train
 from evaluate import SMALL, TABLES, Cell, Run, run_of
@@ -40,13 +45,14 @@ def parameters(config):
 # ---------------------------------------------------------------------------------------------------------------- what the tables say
 def test_the_papers_tables_are_all_there():
     assert [*TABLES] == ["combination", "instance", "panoptic", "semantic", "pretrained", "selection", "enhanced", "scales", "tasks", "depth", "matching",
-                         "decoupled", "components"]
-    for table in TABLES.values():
-        assert set(table.metrics) <= evaluate.EMPTY.keys()
+                         "decoupled", "components", "models", "m2f_components", "m2f_scales", "m2f_points", "dformer"]
+    for name, table in TABLES.items():
+        assert set(table.metrics) <= evaluate.EMPTY.keys() | evaluate.COSTS.keys()
         for row in table.rows.values():
-            assert len(row.paper) == len(table.metrics) and any(number is not None for number in row.paper)
+            assert len(row.paper) == len(table.metrics) and any(number is not None for number in row.paper) == (name != "dformer")
             assert not row.base or row.base in table.rows
             assert (row.preset is None) == bool(row.remark)
+            assert set(row.at_test) <= set(evaluate.OVERRIDES) - set(row.overrides) and not (row.at_test and row.layer is not None)
 
 
 def test_shared_rows_train_once():
@@ -92,7 +98,11 @@ CHANGES = {                                                             # row: w
     "components: without unified query selection": ((), ("query_selection.content",), ()),
     "components: without all four": ((), ("query_selection.content",), ()),
     "instance: 50 epochs, without ME, 100 queries": ((), (), ()),
-}
+} | {f"{label}, {task}": change for task in ("instance", "panoptic", "semantic") for label, change in {
+    "m2f_components: without high-resolution features": ((), (), ("decoder.level_embed",)),
+    "m2f_components: without learned query features": (("content.weight",), (), ()),
+    "m2f_components: the last three at once": (("content.weight",), (), ()),
+    **dict.fromkeys(("m2f_scales: stride 32", "m2f_scales: stride 16", "m2f_scales: stride 8"), ((), (), ("decoder.level_embed",)))}.items()}
 SAME_PRESET = {key: row for key, row in ROWS.items() if row.base and row.preset == TABLES[key.split(":")[0]].rows[row.base].preset}
 
 
@@ -137,6 +147,58 @@ def test_a_row_has_the_costs_and_losses_that_it_says(key):
         assert model.decoder.layers[0].cross_attn.shape[1] == scales
 
 
+# What a Mask2Former layer sees of 64 pixels (cells, whether some are blocked), which sets are predicted, points of matching and loss, share of dropout.
+FULL = {"cells": [4, 16, 64], "masked": [True, True, True], "sets": 4, "matching": 32, "loss": (96, 8), "self first": False, "dropout": 0.0}
+OTHERWISE = {
+    "without masked attention": {"masked": [False] * 3}, "without high-resolution features": {"cells": [4] * 3}, "with dropout": {"dropout": 0.1},
+    "without learned query features": {"sets": 3, "masked": [False, True, True]}, "self-attention first": {"self first": True},
+    "the last three at once": {"sets": 3, "masked": [False, True, True], "self first": True, "dropout": 0.1},
+    "stride 32": {"cells": [4] * 3}, "stride 16": {"cells": [16] * 3}, "stride 8": {"cells": [64] * 3}, "all three in every layer": {"cells": [84] * 3},
+    "matching on masks, loss on masks": {"matching": 256, "loss": (0, 256)}, "matching on masks, loss on points": {"matching": 256},
+    "matching on points, loss on masks": {"loss": (0, 256)}, **dict.fromkeys(("full model", "one after the other", "both on points"), {})}
+
+
+@pytest.mark.parametrize("key", [key for key in ROWS if key.startswith("m2f_")])
+def test_a_row_of_mask2former_looks_and_compares_as_it_says(key, monkeypatch):
+    config, label = tiny(run_of(ROWS[key]), dec_layers=3), key.split(": ")[1].rpartition(", ")[0]
+    torch.manual_seed(0)
+    model, targets = mask2former.Mask2Former(config, 7).train(), random_targets((2, 3), 64)
+    seen, order, points, layers = [], [], [], model.decoder.layers
+    for layer in layers:
+        layer.register_forward_hook(lambda _m, args, _out: seen.append((args[2].shape[1], args[4] is not None)))
+    for name in ("self_attn", "cross_attn"):
+        getattr(layers[0], name).register_forward_hook(lambda *_, name=name: order.append(name))
+    real = losses.point_losses
+    monkeypatch.setattr(losses, "point_losses", lambda maps, masks, *draws: points.append([d.shape[2] for d in draws]) or real(maps, masks, *draws))
+    output = model(torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8), [(64, 64)] * 2, targets)
+    criterion = Criterion(config)
+    criterion(output, targets)[0].backward()
+    matching = criterion.match_points(output.pixels, [torch.Generator()] * 2, torch.device("cpu")).shape[2]
+    assert all(p.grad is not None for p in model.parameters())
+    assert dict(zip(FULL, ([c for c, _ in seen], [b for _, b in seen], len(output.sets), matching, tuple(points[0]), order[0] == "self_attn",
+                           layers[0].dropout.p), strict=True)) == FULL | OTHERWISE[label]
+    assert layers[0].self_attn.dropout == layers[0].cross_attn.dropout == layers[0].dropout.p
+
+
+@pytest.mark.parametrize("key", [key for key in ROWS if key.startswith("dformer")])
+def test_a_row_of_dformer_draws_and_samples_as_it_says(key, monkeypatch):
+    """Its objects after the least noise: how far from its ground one is, and whether it is grey; how often it looks in sampling."""
+    row, calls = ROWS[key], []
+    config = tiny(run_of(row), dec_layers=1)
+    config = dataclasses.replace(config, **row.at_test)
+    model, (target,) = dformer.DFormer(config, 7).eval(), random_targets((3,), 64)
+    draws = dformer.draw_noise(target, config) | {"t": 0}
+    inside = dformer.noisy_masks(target, draws, config)[0][draws["order"].argsort()[:3]]
+    truth = dformer.middle(target["masks"], 4) > 0
+    blur = (inside - truth.float()).abs().mean().item()                 # noise of deviation 0.0064 on masks of +-b, shown as 0 ... 1
+    expected = 0.25 if "shuffled" in key else 0.5 * 0.4 * 0.0064 / config.noise_scale
+    assert blur == pytest.approx(expected, rel=0.2)
+    monkeypatch.setattr(model, "denoise", lambda m, t, *rest, real=model.denoise: calls.append(int(t)) or real(m, t, *rest))
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), [(64, 64)])
+    assert calls == {1: [999], 4: [999, 749, 499, 249]}.get(len(calls), calls) and len(calls) == row.at_test.get("sampling_steps", 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------- the runner
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
@@ -167,6 +229,52 @@ def test_rows_train_and_evaluate(name, shapes, tmp_path, capsys):
         assert found["layer1"]["box_AP"] == result["box_AP"] and [*found] == ["initial", "layer1"]
     if name == "enhanced":
         assert all(set(json.loads(f.read_text())) == {"selection", "initial", "layer1"} for f in tmp_path.glob("*/result_layers.json"))
+
+
+@pytest.mark.parametrize("name", ["m2f_components", "m2f_scales", "m2f_points"])
+def test_rows_of_mask2former_train_and_evaluate(name, shapes, tmp_path, monkeypatch, capsys):
+    """Those for instances; the others differ by task alone. Numbers that were not looked up again say so."""
+    rows = {label: row for label, row in TABLES[name].rows.items() if label.endswith(", instance")}
+    monkeypatch.setitem(TABLES, name, TABLES[name]._replace(rows=rows))
+    table(name, shapes, tmp_path)
+    assert len(list(tmp_path.glob("*/result.json"))) == len(rows)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "  mask_AP  " in line]
+    assert sum("(unchecked)" in line for line in lines) == len(rows) - 1 and "43.7  " in next(line for line in lines if "(unchecked)" not in line)
+
+
+def test_models_side_by_side(shapes, tmp_path, capsys):
+    """Scores, minutes and memory of the three."""
+    table("models", shapes, tmp_path)
+    results = {label: json.loads((tmp_path / run_of(row, "shapes", LITTLE).name / "result.json").read_text()) for label, row in TABLES["models"].rows.items()}
+    cells = {label: evaluate.cells_of(row, ("minutes", "GB"), tmp_path, "shapes", LITTLE) for label, row in TABLES["models"].rows.items()}
+    for label, result in results.items():
+        assert [cell.mean for cell in cells[label]] == [result["seconds"] / 60, result["peak_memory"] / 2 ** 30]
+    assert len({result["steps"] for result in results.values()}) == 1 and "Mask2Former  minutes" in " ".join(capsys.readouterr().out.split("   "))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux knows a way")
+def test_a_runs_peak_of_memory_is_its_own():
+    torch.ones(2 ** 27)                                                 # half a GB, by somebody before
+    before = train.peak_memory(ALONE.device)
+    train.forget_peak_memory(ALONE.device)
+    assert train.peak_memory(ALONE.device) < before - 2 ** 28
+
+
+def test_more_sampling_steps_are_read_out_of_the_trained_model(shapes, tmp_path, capsys):
+    """Four trainings for ten rows; what is missing alone is evaluated, by the command that the table names."""
+    table("dformer", shapes, tmp_path)
+    found = sorted(tmp_path.glob("*/sampling_steps=*/result_eval.json"))
+    assert len(list(tmp_path.glob("*/result.json"))) == 4 and len(found) == 6
+    before, first = found[0].read_text(), found[0].parent
+    shutil.rmtree(first)
+    command = next(line for line in evaluate.table_text("dformer", tmp_path, "shapes", LITTLE, str(shapes)).splitlines() if "evaluate.py" in line)
+    evaluate.main([*command.partition("evaluate.py ")[2].split(), "--device=cpu"])
+    by_hand = json.loads((first / "result_eval.json").read_text())
+    assert {k: by_hand[k] for k in json.loads(before)} == json.loads(before)
+    shutil.rmtree(first)
+    capsys.readouterr()
+    table("dformer", shapes, tmp_path)
+    assert found[0].read_text() == before and "train data" in capsys.readouterr().out
 
 
 def test_the_runner_goes_on_where_it_was_stopped(shapes, tmp_path, monkeypatch, capsys):
@@ -264,10 +372,11 @@ def test_a_sign_needs_more_than_twice_its_standard_error():
 def test_the_readme_has_the_commands_of_every_table():
     """Its commands for 8 GPUs are those of the tables, each can be parsed, and no table is forgotten."""
     text = (Path(train.__file__).parent / "README.md").read_text()
-    where = {name: "/data" if name == "semantic" else "/data/coco" for name, rows in TABLES.items() if any(row.preset for row in rows.rows.values())}
+    two = ("semantic", "m2f_components", "m2f_scales", "m2f_points")    # of several data sets
+    where = {name: "/data" if name in two else "/data/coco" for name, table in TABLES.items() if any(row.preset for row in table.rows.values())}
     for name, folder in where.items():
         assert f"torchrun --standalone --nproc_per_node=8 train.py --table={name} --data={folder}\n" in text, name
-        for run, _, _ in train.jobs_of(TABLES[name], None, {}, 1).values():
+        for run, _ in train.jobs_of(TABLES[name], None, {}, 1).values():
             words, actions, overrides = maskdino.parse_overrides(run.command(Path("runs"), folder).partition("train.py ")[2].split(), train.ACTIONS)
             assert Run(words[0], overrides).name == run.name and actions["out"] == f"runs/{run.name}"
     for row in ROWS.values():
