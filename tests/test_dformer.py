@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_mask2former import FEATURES, MASKS, OFFICIAL_LOSS, check_gradients, close, golden_matching, golden_targets, head_model
+from test_mask2former import FEATURES, MASKS, OFFICIAL_LOSS, check_gradients, check_whole_model, close, golden_matching, golden_targets, head_model
 from test_maskdino import CLASSES, golden, random_targets, tensor
 from torch import nn
 
@@ -132,6 +132,12 @@ def test_released_checkpoint_comes_and_goes(name, capsys):
     assert {key: x.shape for key, x in back.items()} == {key: x.shape for key, x in state.items()}
     constant = (*dformer.BUFFERS, "empty_weight", "relative_position_index")
     assert all(torch.equal(back[key], x) for key, x in state.items() if not key.endswith(constant))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["coco_instance_r50", "coco_instance_swint", "coco_panoptic_r50", "ade20k_semantic_r50"])
+def test_whole_models_run(name, tmp_path):
+    check_whole_model(manifest(name), tmp_path / "dformer.pth")
 
 
 # ---------------------------------------------------------------------------------------------------------------- noise

@@ -293,6 +293,31 @@ def test_names_and_shapes_of_the_largest():
     assert ours == manifest("coco_instance_swinl")["params"]
 
 
+def check_whole_model(made, path):
+    """A released checkpoint of the recipe's weights, from file to detections: it says what the recipe's author measured of its activations."""
+    state = {key: torch.zeros(shape) if any(part in key for part in recipe_siblings.SKIP) else
+             tensor(recipe_siblings.fill(key.removeprefix("sem_seg_head."), shape)) for key, shape in made["params"].items()}
+    torch.save({"model": state}, path)
+    model, _ = maskdino.load(path, test_short=64, test_long=96)
+    assert sum(p.numel() for p in model.parameters()) == sum(made["parts"].values())
+    picture = np.random.default_rng(0).integers(256, size=(128, 192, 3), dtype=np.uint8)
+    with torch.no_grad():
+        output = model(torch.from_numpy(picture[:64, :96]).permute(2, 0, 1)[None].contiguous(), [(64, 96)])
+    last = list(output.sets.values())[-1]
+    assert len(output.sets) == 9 + model.config.initial_prediction
+    for x, std in ((last.logits, 1.0), (output.pixels, 0.7), (maskdino.mask_logits(last.embeddings, output.pixels), 2.0)):
+        assert std / 2 < x.std() < 2 * std
+    found = model.predict([picture])[0]
+    for key, task in (("masks", "instance"), ("panoptic", "panoptic"), ("semantic", "semantic")):
+        assert model.config.task != task or found[key].shape[-2:] == (128, 192)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RELEASED)
+def test_whole_models_run(name, tmp_path):
+    check_whole_model(manifest(name), tmp_path / "model_final.pth")
+
+
 def small_official():
     """A small model in the released format, and its weights."""
     config = tiny(backbone="resnet18", backbone_norm="frozen", levels=(8, 16, 32), heads=8)
