@@ -13,6 +13,7 @@ from test_mask2former import FEATURES, MASKS, OFFICIAL_LOSS, check_gradients, ch
 from test_maskdino import CLASSES, golden, random_targets, tensor
 from torch import nn
 
+import data
 import dformer
 import maskdino
 from dformer import DFormer, middle, noisy_masks, to_cells
@@ -235,6 +236,23 @@ def test_the_largest_objects_stay():
     areas = target["masks"].flatten(1).sum(1, dtype=torch.long)
     rows = noisy_masks(target, draws, config)[0][draws["order"].argsort()] > 0.5
     assert torch.equal(rows, middle(target["masks"][areas.topk(8).indices], 4).bool())
+
+
+def test_images_of_mixed_sizes_train():
+    """In one padded batch, one with more objects than queries; the noise is of the padded size, so that masks stay where they are in it."""
+    config, sizes = tiny(noise_scale=100.0), [(64, 70), (50, 96)]
+    images, targets = data.collate([(torch.randint(256, (3, h, w), dtype=torch.uint8), target | {"masks": target["masks"][:, :h, :w], "ignore": None})
+                                    for (h, w), target in zip(sizes, random_targets((2, 13), 96), strict=True)])
+    for target in targets:
+        draws = dformer.draw_noise(target, config) | {"t": 0}
+        objects = noisy_masks(target, draws, config)[0][draws["order"].argsort()[:min(len(target["labels"]), 8)]]
+        assert objects.shape[1:] == (32, 48)
+        if len(objects) < 8:
+            assert torch.equal(objects > 0.5, middle(target["masks"], 4).bool())
+    model = DFormer(config, 7).train()
+    total, _ = Criterion(config)(model(images, sizes, targets), targets)
+    total.backward()
+    assert torch.isfinite(total) and all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("steps", [1, 3])
