@@ -762,9 +762,9 @@ def look(name: str, **overrides) -> tuple:
     """A small model of a preset's layout with random weights, and what was recorded of it looking at 50 x 70 pixels."""
     torch.manual_seed(0)
     model = maskdino.build(maskdino.preset(name, **LITTLE | overrides), maskdino.class_list(maskdino.classes_of(name))).eval()
-    for module in (model.heads.box_head, *(getattr(layer.cross_attn, "sampling_offsets", None) for layer in model.decoder.layers)):
-        if module is not None:
-            torch.nn.init.normal_(list(module.parameters())[-2], std=0.1)                     # boxes and points that differ
+    for key, weight in model.named_parameters():
+        if key.endswith(("box_head.4.weight", "sampling_offsets.weight", "attention_weights.weight")):
+            torch.nn.init.normal_(weight, std=0.1)                                            # boxes, points and weights that differ
     with maskdino.recording(model, evaluate.INSIDE + r"|query_selection\.enc_output_norm|decoder\.layers\.\d+\.cross_attn") as record:
         model.predict([np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)])
     return model, record
@@ -809,6 +809,7 @@ def test_the_pages_points_and_weights_reproduce_the_attention(name):
         cells = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32)[:, None]
         found = kernels.ms_deform_attn_loops(value, shapes, torch.zeros(1, 3, 2), row.points[None] * cells, row.weights[None].log())
         torch.testing.assert_close(attention.output_proj(found), call.gave[:, queries], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(row.weights.flatten(2).sum(-1), torch.ones(3, 4))          # which the loops would have made so
 
 
 @torch.no_grad()
@@ -851,6 +852,7 @@ def test_windows_show_and_place_the_same():
     assert (tile[round(y0) + 3:round(y1) - 3, round(x0) + 3:round(x1) - 3] == 255).all()
     assert tile[:round(y0) - 3].max() == tile[round(y1) + 3:].max() == tile[:, :round(x0) - 3].max() == tile[:, round(x1) + 3:].max() == 0
     close = evaluate._Window.around(boxes[:1], (100, 150), (128, 160))
+    assert evaluate._corners(close, boxes[0])[::2] == pytest.approx([380 * 0.1 / 1.2, 380 * 1.1 / 1.2], abs=0.01)         # in the middle
     assert close.size == (380, 380) and np.subtract(close.part[2:], close.part[:2]) @ (160, -128) == pytest.approx(0)
 
 
