@@ -554,12 +554,12 @@ def _enlarged(image: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def _write_labels(canvas: Image.Image, boxes: list, texts: list, colours: list, size: int) -> None:
-    """A text on its colour above each box (xyxy), or else inside or below, or around a box without width; where that is taken by earlier texts, none."""
+    """A text on its colour above each box (xyxy), or else inside or beside it, or around a box without width; where that is taken by earlier texts, none."""
     draw, font, taken = ImageDraw.Draw(canvas), _font(size), []
     for (left, top, right, bottom), text, rgb in zip(boxes, texts, colours, strict=True):
         w, h = math.ceil(draw.textlength(text, font)) + 5, size + 3
-        x = max(0, min(int(left if left < right else left - w / 2), canvas.width - w))
-        for y in map(int, (top - h, top, bottom - h, bottom) if left < right else (top,)):
+        places = ((left, top - h), (left, top), (left, bottom - h), (right, top), (left - w, top)) if left < right else ((left - w / 2, top),)
+        for x, y in ((max(0, min(int(x), canvas.width - w)), int(y)) for x, y in places):
             if 0 <= y <= canvas.height - h and all(x >= x1 or x + w <= x0 or y >= y1 or y + h <= y0 for x0, y0, x1, y1 in taken):
                 taken.append((x, y, x + w, y + h))
                 draw.rectangle(taken[-1], fill=rgb)
@@ -717,7 +717,7 @@ def _chart(draw: ImageDraw.ImageDraw, area: list, title: str, series: dict, zoom
 # heat maps and the dots of coarse and fine levels are scales of lightness.
 INSIDE = r"|pixel_decoder|query_selection|heads(\.class_head)?|label_embed|pool|decoder(\.layers\.\d+(\.cross_attn\.(sampling_offsets|attention_weights))?)?"
 HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))            # ever lighter
-LOGITS, INK = 8, "#d0006f"                                                                    # where the heat of mask logits ends; of a box
+LOGITS, INK, BLUE = 8, "#d0006f", "#0060ff"                                                   # where the heat of mask logits ends; inks of boxes and tokens
 SIDE, ZOOM = 190, 2                                                                           # of a tile in pixels; it is drawn larger and reduced
 
 
@@ -851,11 +851,12 @@ def _cell(picture: Image.Image, window: _Window, row: Stage, k: int, logits: tor
         light = window.show(to_pil_image(row.seen[k].cpu().clamp(0, 1)), Image.Resampling.NEAREST)
         tile = Image.composite(tile, Image.blend(tile, Image.new("RGB", window.size, "#201040"), 0.8), light)
     tiles = [tile] if logits is None else [tile, _mask_heat(logits, window)]
-    draw = ImageDraw.Draw(tile)
     if row.cells is not None:
-        draw.rectangle(_corners(window, row.cells[k]), "#2080ff", "white", ZOOM)
+        veil = tile.copy()
+        ImageDraw.Draw(veil).rectangle(_corners(window, row.cells[k]), BLUE, "white", 2 * ZOOM)
+        tile.paste(Image.blend(tile, veil, 0.6))
     if row.points is not None:
-        _dots(draw, window.place(row.points[k]), row.weights[k])
+        _dots(ImageDraw.Draw(tile), window.place(row.points[k]), row.weights[k])
     for canvas in tiles if row.said.boxes is not None else ():
         for boxes, ink in ((row.before, None), (row.said.boxes, INK)):
             if boxes is not None:
@@ -922,7 +923,7 @@ def _answers(image: torch.Tensor, size: tuple[int, int], padded: tuple[int, int]
     (h, w), masks = size, None if logits is None else maskdino.resize(logits, padded)[:, :size[0], :size[1]] > 0
     boxes = maskdino.in_pixels(maskdino.boxes_of_masks(masks, "bitmask"), h, w) if boxes is None else maskdino.in_pixels(boxes.cpu(), *padded)
     letters = [chr(65 + k) for k in range(len(boxes))]
-    return to_pil_image(overlay(image[:, :h, :w], list(range(len(boxes))), None, boxes, masks, letters, SIDE))
+    return to_pil_image(overlay(image[:, :h, :w], list(range(len(boxes))), None, boxes, masks, letters, SIDE * 3 // 2))
 
 
 def _token_maps(tokens: Tokens, queries: torch.Tensor, window: _Window) -> list[tuple[str, Image.Image]]:
@@ -934,10 +935,9 @@ def _token_maps(tokens: Tokens, queries: torch.Tensor, window: _Window) -> list[
         draw, here = ImageDraw.Draw(tile), (tokens.chosen >= start) & (tokens.chosen < end)
         for x, y in window.place(tokens.cells[tokens.chosen[here], :2]):
             draw.ellipse((x - 4 * ZOOM, y - 4 * ZOOM, x + 4 * ZOOM, y + 4 * ZOOM), outline="white", width=ZOOM)
-        for k, query in enumerate(queries.tolist()):
-            if here[query]:
-                x, y = window.place(tokens.cells[tokens.chosen[query], :2])
-                draw.text((x, y), chr(65 + k), fill="white", font=_font(15 * ZOOM), anchor="mm", stroke_width=2 * ZOOM, stroke_fill="black")
+        lettered = [k for k, query in enumerate(queries.tolist()) if here[query]]
+        _write_labels(tile, [_corners(window, tokens.cells[tokens.chosen[queries[k]]]) for k in lettered], [chr(65 + k) for k in lettered],
+                      [colour(k) for k in lettered], 12 * ZOOM)
         tiles.append((f"{h} x {w} tokens: {int(here.sum())} chosen", tile.reduce(ZOOM)))
     return tiles
 
@@ -962,7 +962,7 @@ def _legend(rows: list[Stage], masks: bool) -> list[tuple[str, Image.Image]]:
         return tile.reduce(ZOOM)
     box, entries = [8 * ZOOM, 4 * ZOOM, 52 * ZOOM, 18 * ZOOM], []
     if any(row.cells is not None for row in rows):
-        entries.append(("token", sample(lambda draw: draw.rectangle([24 * ZOOM, 5 * ZOOM, 36 * ZOOM, 17 * ZOOM], "#2080ff", "white", ZOOM))))
+        entries.append(("token", sample(lambda draw: draw.rectangle([24 * ZOOM, 5 * ZOOM, 36 * ZOOM, 17 * ZOOM], BLUE, "white", ZOOM))))
     if any(row.before is not None for row in rows):
         entries.append(("box before: proposal, anchor", sample(lambda draw: _box(draw, box, None))))
     if any(row.said.boxes is not None for row in rows):
