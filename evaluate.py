@@ -24,13 +24,14 @@ import io
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 import textwrap
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
@@ -370,7 +371,7 @@ def layers(model, dataset, out: Path, workers: int = 0, things: data.CocoDataset
         metrics = evaluate(model, dataset, out, workers=workers, things=things, answer=name)
         found[name] = {key: value for key, value in metrics.items() if key in EMPTY}
     if first:
-        (out / "result_layers.json").write_text(json.dumps(found, indent=1))
+        maskdino.save_json(out / "result_layers.json", found)
     return found
 
 
@@ -1545,6 +1546,22 @@ def start_world(device: str | None) -> World:
     return World(rank, size, chosen)
 
 
+@contextlib.contextmanager
+def joined(device: str | None) -> Iterator[World]:
+    """`start_world` and its end. After an error the group is left as it is, since taking it apart could wait for the others in vain: that this process
+    ends is what ends them. Those whose collective then fails give torchrun the time to end them, so that the message that is read is not theirs.
+    """
+    try:
+        yield start_world(device)
+    except RuntimeError:
+        if dist.is_initialized():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def choose_device(name: str | None = None) -> torch.device:
     """The device of this name; None: cuda if there is one, else mps, else cpu. Raises ConfigError when it cannot be had."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -1613,6 +1630,23 @@ def _evaluate_data(model, checkpoint: Path, actions: dict, max_images: int, worl
     print(f"{len(dataset)} images in {facts['seconds']} s; result_eval.json, predictions.png and the results are in {out}")
 
 
+def _use(checkpoint: str, actions: dict, overrides: dict, world: World) -> None:
+    """What a checkpoint is wanted for."""
+    model, _ = maskdino.load(checkpoint, world.device, **overrides)
+    for flag, task in (("tta", "semantic"), ("val_instances", "panoptic")):
+        if actions[flag] and model.config.task != task:
+            raise maskdino.ConfigError(f"--{flag} is for {task} models; {checkpoint} is for {model.config.task}: leave it out")
+    if actions["save_official"]:
+        Path(actions["save_official"]).absolute().parent.mkdir(parents=True, exist_ok=True)
+        maskdino.save(actions["save_official"], {"model": maskdino.to_official(model)})
+        print(f"{actions['save_official']}: the weights under the released code's names")
+    elif actions["images"]:
+        predictions = predict_folder(model, actions["images"], actions["out"], actions["threshold"], actions["tta"], actions["explain"])
+        print(f"{len(predictions)} predictions; overlays, predictions.json" + ", explain/*.png" * actions["explain"] + f" are in {actions['out']}")
+    else:
+        _evaluate_data(model, Path(checkpoint), actions, overrides.get("max_images", 0), world)                 # not the training's number
+
+
 def sentence(error: ValueError) -> str:
     """What to print for a DataError or ConfigError. From a loader's worker it arrives below a traceback."""
     return "error: " + str(error).splitlines()[-1].removeprefix("data.DataError: ")
@@ -1628,25 +1662,10 @@ def main(argv: list[str] | None = None) -> None:
         if actions.get("tables"):
             return show_tables(words, Path(actions.get("out", "runs")), actions.get("scale"), overrides, actions.get("data"))
         checkpoint, actions, overrides = _parse(argv)
-        world = start_world(actions["device"])
-        model, _ = maskdino.load(checkpoint, world.device, **overrides)
-        for flag, task in (("tta", "semantic"), ("val_instances", "panoptic")):
-            if actions[flag] and model.config.task != task:
-                raise maskdino.ConfigError(f"--{flag} is for {task} models; {checkpoint} is for {model.config.task}: leave it out")
-        if actions["save_official"]:
-            Path(actions["save_official"]).absolute().parent.mkdir(parents=True, exist_ok=True)
-            maskdino.save(actions["save_official"], {"model": maskdino.to_official(model)})
-            print(f"{actions['save_official']}: the weights under the released code's names")
-        elif actions["images"]:
-            predictions = predict_folder(model, actions["images"], actions["out"], actions["threshold"], actions["tta"], actions["explain"])
-            print(f"{len(predictions)} predictions; overlays, predictions.json" + ", explain/*.png" * actions["explain"] + f" are in {actions['out']}")
-        else:
-            _evaluate_data(model, Path(checkpoint), actions, overrides.get("max_images", 0), world)                 # not the training's number
+        with joined(actions["device"]) as world:
+            _use(checkpoint, actions, overrides, world)
     except (data.DataError, maskdino.ConfigError) as error:
         sys.exit(sentence(error))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

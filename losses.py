@@ -173,7 +173,7 @@ def mask_costs(embeddings: Tensor, pixel: Tensor, t: Tensor) -> tuple[Tensor, Te
 def assign(cost: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
     """Hungarian matching: total cost (R, B, Q, N) -> each object's query (R, B, N), and whether it got one (more objects than queries: not all do)."""
     R, B, Q, N = cost.shape
-    table = np.nan_to_num(cost.detach().cpu().double().numpy(), nan=1e10, posinf=1e10, neginf=-1e10)        # one copy; the loss will report a NaN
+    table = np.nan_to_num(cost.detach().cpu().double().numpy(), nan=1e10, posinf=1e10, neginf=-1e10)        # one copy; the criterion reports a NaN
     query, found = np.zeros((R, B, N), np.int64), np.zeros((R, B, N), bool)
     for r in range(R):
         for b, n in enumerate(counts):
@@ -217,7 +217,8 @@ class Criterion(nn.Module):
         self.matcher = Matcher({part: self.weights[part] for part in self.cost_parts}, config.class_cost)
 
     def forward(self, output: Output, targets: list[dict], num_objects: float | None = None, points: dict | None = None) -> tuple[Tensor, dict]:
-        """Weighted total and the unweighted parts, {"layer9/mask": scalar, "denoising/layer9/mask": ...}.
+        """Weighted total and the unweighted parts, {"layer9/mask": scalar, "denoising/layer9/mask": ...}; a cost that is not finite, which makes the
+        total so, is told as "matching/mask".
 
         num_objects: normaliser; default the objects in this batch. In distributed or accumulated training: max(objects in the effective batch, 1)
         divided by the number of processes. points: given draws, {"match": (1 or R, B, P, 2), "sets": [(candidates, extra)] per image, "denoising": the same},
@@ -232,7 +233,7 @@ class Criterion(nn.Module):
             points = points or {"match": self.match_points(pixels, generators, device)}
             sets = stack(output.sets)
             with torch.no_grad():
-                _, query, found = self.matcher(sets, pixels, truth, points["match"])
+                cost, query, found = self.matcher(sets, pixels, truth, points["match"])
             losses = self.losses_of(sets, pixels, truth, query, found, 1, num, points.get("sets"), generators)
             losses = {f"{name}/{part}": loss[r] for part, loss in losses.items() for r, name in enumerate(output.sets)}
             if output.denoising:
@@ -242,6 +243,8 @@ class Criterion(nn.Module):
                                        points.get("denoising"), generators)
                 losses |= {f"denoising/{name}/{part}": loss[r] for part, loss in parts.items() for r, name in enumerate(output.denoising)
                            if self.config.denoising == "mask" or part not in ("mask", "dice")}
+            if not sum(cost.values()).isfinite().all():         # a query that got no object may hide it from the losses
+                losses |= {f"matching/{part}": term.sum() for part, term in cost.items() if not term.isfinite().all()}
             total = sum(self.weights[name.rpartition("/")[2]] * loss for name, loss in losses.items())
         return total, losses
 

@@ -31,6 +31,7 @@ import pickle
 import re
 import sys
 import typing
+import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 from urllib.error import URLError
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")                      # huge pages for large CPU tensors: without, the losses take half as long again
@@ -1071,29 +1072,100 @@ def say(text: str) -> None:
         print(text)
 
 
-def save(path: str | os.PathLike, content: dict) -> None:
-    """torch.save under a temporary name, then renamed: a killed run never leaves half a checkpoint."""
-    temporary = Path(f"{path}.tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, previous: Path | None = None) -> Iterator[BinaryIO]:
+    """A file to write to, under a temporary name beside `path`. It takes that name once it is on the disk, so a killed run or a power cut never leaves half
+    a file. previous: a name under which what was there is kept. Raises ConfigError when the disk does not take it; what was there is then untouched.
+    """
+    path, reason = Path(path), None
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)                                  # a kill after this line leaves `previous`, and `temporary` whole
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)                                                # the names, too
+        os.close(folder)
+    except (OSError, RuntimeError) as error:                            # torch.save says a full disk as the one or the other
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise ConfigError(f"{path} cannot be written ({reason.strerror}): " + ("it is kept as it was before, " if path.exists() else "") +
+                          "make room for it, or choose another folder") from None
+
+
+def save(path: str | os.PathLike, content: dict, previous: Path | None = None) -> None:
+    """torch.save that leaves a whole file or none: see `replacing`."""
+    with replacing(path, previous) as file:
+        torch.save(content, file)
+
+
+def save_json(path: str | os.PathLike, content: object) -> None:
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
+
+
+class Array:
+    """A numpy array, or its type, while a pickle is read. Numpy's own would do what the pickle tells them about memory that is not theirs."""
+
+    def __init__(self, value: np.ndarray | np.dtype | None = None) -> None:
+        self.value = value
+
+    def __setstate__(self, state: tuple) -> None:
+        if isinstance(self.value, np.dtype):                            # (version, byte order ...)
+            self.value = self.value.newbyteorder(state[1])
+        else:                                                           # (version, shape, type, Fortran's order, bytes)
+            self.value = array_of(state[4], state[2], state[1], "F" if state[3] else "C")
+
+
+def array_of(data: bytes | str, kind: Array, shape: tuple, order: str = "C") -> np.ndarray:
+    data = data.encode("latin1") if isinstance(data, str) else data
+    return np.frombuffer(data, kind.value).reshape(shape, order=order)
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads numpy arrays and plain containers. Whatever else a pickle asks for, which may be any code, is refused."""
-    ADMITTED = {"OrderedDict": OrderedDict, "ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": np.zeros(0).__reduce__()[0],
-                "_frombuffer": np.zeros(1).__reduce_ex__(5)[0], "scalar": np.float32(0).__reduce__()[0], "encode": lambda text, _: text.encode("latin1")}
+    """Reads numpy arrays of numbers and plain containers. Whatever else a pickle asks for, which may be any code, is refused.
+
+    A pickle may also set attributes of what it names, so these are only methods, which have none of their own, and a type written in C.
+    """
 
     def find_class(self, module: str, name: str) -> Callable:
-        if module.split(".")[0] in ("collections", "numpy", "_codecs") and name in self.ADMITTED:
-            return self.ADMITTED[name]
+        admitted = {"OrderedDict": OrderedDict, "ndarray": self.number, "dtype": self.number, "_reconstruct": self.empty, "_frombuffer": self.whole,
+                    "scalar": self.scalar, "encode": self.encode}
+        if module.split(".")[0] in ("collections", "numpy", "_codecs") and name in admitted:
+            return admitted[name]
         raise pickle.UnpicklingError(f"{module}.{name}")
+
+    def number(self, name: str, *_: object) -> Array:
+        kind = np.dtype(name) if isinstance(name, str) else None
+        if kind is None or kind.kind not in "biufc":
+            raise pickle.UnpicklingError(f"an array of {name}")
+        return Array(kind)
+
+    def empty(self, *_: object) -> Array:
+        return Array()
+
+    def whole(self, data: bytes, kind: Array, shape: tuple, order: str) -> Array:
+        return Array(array_of(data, kind, shape, order))
+
+    def scalar(self, kind: Array, data: bytes) -> Array:
+        return Array(array_of(data, kind, ()))
+
+    def encode(self, text: str, _: str) -> bytes:
+        return text.encode("latin1")
 
 
 def read_pickle(path: Path) -> dict:
     """A .pkl of detectron2, {"model": {name: array}} or the weights alone -> {"model": {name: Tensor}}."""
     with open(path, "rb") as file:
         content = ArrayUnpickler(file, encoding="latin1").load()
-    return {"model": {key: torch.tensor(x) for key, x in content.get("model", content).items()}}
+    return {"model": {key: torch.tensor(x.value) for key, x in content.get("model", content).items()}}
 
 
 def read_torch_file(path: Path) -> dict:
@@ -1102,14 +1174,42 @@ def read_torch_file(path: Path) -> dict:
         raise ConfigError(f"{path}: no such file")
     try:
         content = read_pickle(path) if path.suffix == ".pkl" else torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, pickle.UnpicklingError):    # whatever is not whole
-        raise ConfigError(f"{path} is not a file of PyTorch weights (of tensors and plain values: nothing else is read), or it is damaged") from None
+        # torch.load reads past damaged numbers; what we wrote has check sums. (Of other files nobody knows whether they do.)
+        whole = not isinstance(content, dict) or not OWN <= content.keys() or zipfile.ZipFile(path).testzip() is None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, pickle.UnpicklingError,
+            zipfile.BadZipFile):                                                                        # whatever is not whole
+        whole = False
+    if not whole:
+        raise ConfigError(f"{path} is not a file of PyTorch weights (of tensors and plain values: nothing else is read), or it is damaged")
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
+    if OWN <= content.keys() and (wrong := misshapen(content)):
+        raise ConfigError(f"{path} is no checkpoint that train.py wrote, or it is damaged: {wrong}")
     return content
 
 
 OWN = {"model", "config", "classes"}                                  # what a checkpoint of train.py holds
+
+
+def misshapen(content: dict) -> str:
+    """What in a checkpoint of train.py, by its keys, is not of the kind that belongs there; or nothing. So a made-up one ends here, and not anywhere."""
+    classes, config, kinds = content["classes"], content["config"], {"names": str, "category_ids": int, "is_thing": bool}
+    if not isinstance(config, dict) or not isinstance(classes, dict) or classes.keys() != kinds.keys():
+        return "'config' and 'classes' should be dictionaries, with names, category_ids and is_thing"
+    if not all(isinstance(row, list) and {kinds[key]} >= set(map(type, row)) and len(row) == len(classes["names"]) > 0 for key, row in classes.items()):
+        return "'classes' should have a name, an id and is_thing for each"
+    for weights in (content["model"], content.get("ema") or {}):
+        if not isinstance(weights, dict) or not all(isinstance(key, str) and isinstance(x, Tensor) for key, x in weights.items()):
+            return "its weights should be tensors by name"
+    hints = typing.get_type_hints(Config)
+    return next((f"its configuration has {key}={value!r}" for key, value in config.items() if key in hints and not fits(value, hints[key])), "")
+
+
+def fits(value: object, kind: type) -> bool:
+    """Whether a value may stand in a field of Config: int, float, bool, str, Literal or tuple of one type."""
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, (tuple, list)) and all(fits(x, typing.get_args(kind)[0]) for x in value)
+    return type(value) in {float: (float, int), int: (int,), bool: (bool,)}.get(kind, (str,))
 
 
 def read_checkpoint(path: str | os.PathLike, **overrides) -> tuple[dict, Config]:
@@ -1159,7 +1259,7 @@ def weights_in(content: dict, path: str | os.PathLike) -> dict[str, Tensor]:
 def read_weights(content: dict, path: str | os.PathLike, **overrides) -> tuple[dict[str, Tensor], Config, dict]:
     """Weights under our names, configuration and classes in a checkpoint of train.py (its averaged weights, if it has some) or in a released one."""
     if OWN <= content.keys():
-        return content["ema"] or content["model"], config_in(content, path, **overrides), content["classes"]
+        return content.get("ema") or content["model"], config_in(content, path, **overrides), content["classes"]
     state, remedy = weights_in(content, path), {"DINO": "it can only be a start: python train.py PRESET --finetune=..."}
     if (kind := family(state)) not in RELEASED:
         known = ", ".join(RELEASED)

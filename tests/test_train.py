@@ -1,17 +1,22 @@
-"""The loop: resume, processes, accumulation, empty images, bad steps, run folders, the command line. On a small set of generated shapes."""
+"""The loop: resume, kills, processes, accumulation, empty images, bad steps, run folders, the command line. On a small set of generated shapes."""
+import io
 import json
+import multiprocessing
 import os
 import re
+import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from PIL import Image
 from test_data import write_labels
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +31,10 @@ from maskdino import ConfigError, MaskDINO, preset
 SMALL = dict(backbone="resnet10", backbone_norm="group", hidden=32, heads=4, enc_layers=1, enc_ffn=32, dec_layers=2, dec_ffn=32, queries=8, denoising_queries=8,
              mask_points=32, image_size=64, test_short=64, test_long=64, total_batch=2, workers=0, log_every=1, warmup=2, detections=5)
 ALONE = train.World(0, 1, torch.device("cpu"))
+ROOT = Path(train.__file__).parent
+SERVER = multiprocessing.get_context("forkserver")                      # its processes start in no time: it has imported everything, and computed nothing
+SERVER.set_forkserver_preload(["test_train"])
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +65,7 @@ def log(out, kind="step"):
 # ---------------------------------------------------------------------------------------------------------------- runs
 def test_a_run_leaves_what_the_contract_says(shapes, tmp_path):
     result = run(shapes, tmp_path / "r", max_steps=3)
-    for name in set(train.RUN_FILES) - {"panoptic.json", "result_layers.json"}:
+    for name in set(train.RUN_FILES) - {"panoptic.json", "result_layers.json", "checkpoint.pth*", train.PREVIOUS, "bad_batch_*.pth"}:
         assert (tmp_path / "r" / name).stat().st_size > 0, name
     assert json.loads((tmp_path / "r" / "result.json").read_text()) == result
     wanted = {"preset", "overrides", "seed", "git", "device", "versions", "world_size", "steps", "seconds", "images_per_second", "peak_memory", "params",
@@ -71,22 +80,44 @@ def test_a_run_leaves_what_the_contract_says(shapes, tmp_path):
     assert classes["names"] == ["circle", "square", "triangle", "star"] and not model.training
 
 
-def test_resumed_equals_undisturbed(shapes, tmp_path):
-    """Bit for bit: weights, averaged weights, optimizer, and what the log says; the end of an epoch lies between (24 images, 2 a step)."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(shapes, whole, max_steps=14, ema=0.9)
-    run(shapes, parts, max_steps=5, ema=0.9)
-    with open(parts / "log.jsonl", "a") as file:                         # as if killed after the checkpoint, in the middle of a line
-        file.write('{"kind": "step", "step": 6, "loss": 1.0}\n{"kind": "st')
-    run(shapes, parts, resume=True, max_steps=14, ema=0.9)
-    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (whole, parts))
+def without_time(line):
+    return {k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "peak_memory", "overrides")}
+
+
+def assert_same_run(a, b):
+    """Bit for bit: weights, averaged weights, the optimizer's moments, every line of the log, the result."""
+    one, two = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (a, b))
     for key in ("model", "ema"):
-        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
-    assert all(torch.equal(x["exp_avg"], y["exp_avg"]) for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True))
-    assert a["scheduler"] == b["scheduler"] and a["step"] == b["step"] == 14
-    assert [line["step"] for line in log(whole, "epoch")] == [line["step"] for line in log(parts, "epoch")] == [12, 14]
-    for x, y in zip(log(whole), log(parts), strict=True):
-        assert {k: x[k] for k in ("step", "loss", "losses", "lr", "grad_norm")} == {k: y[k] for k in ("step", "loss", "losses", "lr", "grad_norm")}
+        assert one[key].keys() == two[key].keys() and all(torch.equal(x, two[key][name]) for name, x in one[key].items())
+    for x, y in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
+        assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+    assert all(one[key] == two[key] for key in ("step", "bad", "averaged", "classes"))
+    logs = [[without_time(json.loads(line)) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (a, b)]
+    assert logs[0] == logs[1]
+    results = [without_time(json.loads((folder / "result.json").read_text())) for folder in (a, b)]
+    assert results[0] == results[1]
+    assert (a / "results_segm.json").read_bytes() == (b / "results_segm.json").read_bytes()
+    assert not list(b.glob("*.tmp"))
+
+
+def test_resumed_equals_undisturbed(shapes, tmp_path):
+    """The ends of epochs (24 images, 2 a step) lie before and between; the log has lines that the checkpoint does not count, and half of one."""
+    whole, parts, flags = tmp_path / "whole", tmp_path / "parts", dict(ema=0.9, evaluate_every=1, log_every=2)
+    run(shapes, whole, max_steps=26, **flags)
+    for stop in (5, 12, 12, 26):                                         # in an epoch, at its end, finished and again, to the end
+        run(shapes, parts, resume=True, max_steps=stop, **flags)
+        if stop == 5:
+            with open(parts / "log.jsonl", "a") as file:
+                file.write('{"kind": "step", "step": 6, "loss": 1.0}\n{"kind": "st')
+    assert [line["step"] for line in log(whole, "epoch")] == [12, 24, 26] and [line["step"] for line in log(whole)] == [1, *range(2, 27, 2)]
+    assert_same_run(whole, parts)
+
+
+def test_flags_by_hand_hold_after_a_resume(shapes, tmp_path, capsys):
+    run(shapes, tmp_path / "r", max_steps=2)
+    run(shapes, tmp_path / "r", resume=True, max_steps=4, lr=0.0, weight_decay=0.0)
+    assert "--lr=0.0 from here on; so far it was 0.0008" in capsys.readouterr().out
+    assert [line["lr"] > 0 for line in log(tmp_path / "r")] == [True, True, False, False]
 
 
 def test_fine_tuning(shapes, tmp_path, capsys):
@@ -215,7 +246,7 @@ def gradients(parts, accumulate, world, wrap):
     torch.manual_seed(0)
     config = preset("shapes", **SMALL, accumulate=accumulate)
     model = MaskDINO(config, 4).double().train()
-    loss, _ = train.forward_backward(wrap(model), Criterion(config), parts, config, world)
+    loss, _, _ = train.forward_backward(wrap(model), Criterion(config), parts, config, world)
     return loss, {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -238,42 +269,364 @@ def test_accumulated_equals_one_batch():
     assert_same(two, one)
 
 
-def process(rank, port, path):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    world = train.start_world("cpu")
-    own, grads = gradients(cut(batch_of())[rank:rank + 1], 1, world, DistributedDataParallel)
-    loss = world.sum([own])[0] / 2
-    if rank == 0:
-        torch.save((loss, grads), path)
-    torch.distributed.destroy_process_group()
-
-
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
+def child(task, output, environment):
+    os.environ |= environment
+    for number, to in ((1, output), (2, output)):
+        os.dup2(os.open(to, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    torch.set_num_threads(1)
+    task()
+
+
+def start(task, output, world=1):
+    """Processes of their own that call task(), one of them or `world` of them that torchrun might have started; they write to the file `output`."""
+    meeting = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} | meeting if world > 1 else {} for rank in range(world)]
+    processes = [SERVER.Process(target=child, args=(task, output, rank)) for rank in ranks]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes, seconds=120):
+    """Their exit codes."""
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0, end - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            pytest.fail("a process hangs")
+    return [process.exitcode for process in processes]
+
+
+def two_ranks(path):
+    with evaluate.joined("cpu") as world:
+        own, grads = gradients(cut(batch_of())[world.rank:world.rank + 1], 1, world, DistributedDataParallel)
+        loss = world.sum([own])[0] / 2
+        if world.first:
+            torch.save((loss, grads), path)
+
+
 def test_two_processes_equal_one(tmp_path):
     one_loss, one = gradients([batch_of()], 1, ALONE, lambda m: m)
-    mp.start_processes(process, (free_port(), tmp_path / "two.pt"), nprocs=2, start_method="spawn")
+    assert finish(start(partial(two_ranks, tmp_path / "two.pt"), tmp_path / "said", world=2)) == [0, 0], (tmp_path / "said").read_text()
     loss, two = torch.load(tmp_path / "two.pt", weights_only=True)
     assert loss == pytest.approx(one_loss, rel=1e-12)
     assert_same(two, one)
 
 
-def test_torchrun_two_processes(shapes, tmp_path):
-    """The real command, and the same numbers in its log as one process gives."""
-    flags = [f"--{k}={v}" for k, v in SMALL.items()] + ["--max_steps=2", f"--data={shapes}", "--device=cpu"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "shapes", *flags, f"--out={tmp_path / 'two'}"]
-    done = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True, timeout=180, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    run(shapes, tmp_path / "one", max_steps=2)
-    for two, one in zip(log(tmp_path / "two"), log(tmp_path / "one"), strict=True):
+def score_seven(shapes, out):
+    with evaluate.joined("cpu"):
+        torch.manual_seed(0)
+        dataset = data.open_split("instance", "train", partial(evaluate.resize_for_test, short=64, long=64), data_dir=shapes, max_images=7)
+        model = maskdino.build(preset("shapes", **SMALL), {"names": dataset.class_names, "category_ids": dataset.category_ids, "is_thing": dataset.is_thing})
+        scores = evaluate.evaluate(model, dataset, out)
+    (out / f"scores_{os.environ.get('RANK', 'alone')}.json").write_text(json.dumps(scores))
+
+
+def test_three_processes_score_seven_images_as_one_does(shapes, tmp_path):
+    """No image twice, none left out, the same AP on every rank."""
+    said, ones = tmp_path / "said", [tmp_path / "one", tmp_path / "three"]
+    assert finish(start(partial(score_seven, shapes, ones[0]), said) + start(partial(score_seven, shapes, ones[1]), said, world=3)) == [0] * 4, said.read_text()
+    alone = json.loads((ones[0] / "scores_alone.json").read_text())
+    assert alone["box_AP"] is not None
+    assert all(json.loads((ones[1] / f"scores_{rank}.json").read_text()) == alone for rank in range(3))
+    found = json.loads((ones[1] / "results_segm.json").read_text())
+    assert found == json.loads((ones[0] / "results_segm.json").read_text()) and len(found) == 7 * SMALL["detections"]
+
+
+def test_processes_without_objects_do_not_hang(shapes, tmp_path):
+    """Of two processes one often has no object, and then no denoising."""
+    content = json.loads((shapes / "annotations" / "instances_train.json").read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] % 2]
+    some = tmp_path / "some.json"
+    some.write_text(json.dumps(content))
+    where = [f"--{split}_{key}={value}" for split in ("train", "val") for key, value in (("json", some), ("images", shapes / "train"))]
+    flags = [f"--{k}={v}" for k, v in (SMALL | {"epochs": 1}).items()] + ["--device=cpu", f"--out={tmp_path / 'r'}", *where]
+    assert finish(start(partial(call_main, flags), tmp_path / "said", world=2)) == [0, 0], (tmp_path / "said").read_text()
+    lines = log(tmp_path / "r")
+    assert len(lines) == 12 and all(np.isfinite(line["loss"]) and "denoising/mask" in line["losses"] for line in lines if line["losses"]["mask"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- killed, stopped, no room
+LIVES = SMALL | dict(ema=0.9, max_steps=14, evaluate_every=1, checkpoint_every=3, accumulate=2)
+
+
+def call_main(argv, before=None):
+    """What `python train.py ARGV` does, after `before()`."""
+    if before:
+        before()
+    sys.argv = ["train.py", *map(str, argv)]
+    train.main()
+
+
+def flags_of(shapes, out, **more):
+    return ["shapes", *(f"--{k}={v}" for k, v in (LIVES | more).items()), f"--data={shapes}", "--device=cpu", f"--out={out}", "--resume"]
+
+
+def live(shapes, out, before=None, world=1, **more):
+    return start(partial(call_main, flags_of(shapes, out, **more), before), out.with_suffix(".said"), world)
+
+
+def said(out):
+    return out.with_suffix(".said").read_text()
+
+
+def wait_for(condition, seconds=100):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def steps_logged(out):
+    file = out / "log.jsonl"
+    return file.read_text().count('"kind": "step"') if file.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def whole(shapes, tmp_path_factory):
+    """The undisturbed run, and how many seconds it took."""
+    out, began = tmp_path_factory.mktemp("whole") / "same", time.monotonic()
+    assert finish(live(shapes, out)) == [0], said(out)
+    return out, time.monotonic() - began
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_anywhere(shapes, whole, tmp_path, kills):
+    """SIGKILL after random times, between the start and the last of the evaluation; the same command each time."""
+    rng, out, killed = np.random.default_rng(kills), tmp_path / "same", 0
+    while killed < kills:
+        process, = live(shapes, out)
+        process.join(rng.uniform(0, whole[1] * min(1, 3 / kills)))
+        killed += process.exitcode is None
+        process.kill()
+        process.join()
+    assert finish(live(shapes, out)) == [0], said(out)
+    assert_same_run(whole[0], out)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_while_writing(nth, moment):
+    """The nth checkpoint is half written, or written, or the one before it has just got its other name."""
+    real, count = {"save": torch.save, "replace": os.replace}, []
+
+    def save(content, file):
+        count.append(1)
+        if len(count) < nth or moment != "half":
+            return real["save"](content, file)
+        real["save"](content, buffer := io.BytesIO())
+        file.write(buffer.getvalue()[:len(buffer.getvalue()) // 2])
+        file.flush()
+        die()
+
+    def replace(old, new):
+        if len(count) >= nth and Path(new).name == {"written": train.PREVIOUS, "between": train.CHECKPOINT}.get(moment):
+            die()
+        real["replace"](old, new)
+    torch.save, os.replace = save, replace
+
+
+@pytest.mark.parametrize("nth, moment", [(1, "half"), (3, "half"), (3, "written"), (2, "between")])
+def test_killed_while_writing_a_checkpoint(shapes, whole, tmp_path, nth, moment):
+    out = tmp_path / "same"
+    assert finish(live(shapes, out, partial(dies_while_writing, nth, moment))) == [-signal.SIGKILL]
+    assert (out / "checkpoint.pth.tmp").exists()
+    assert finish(live(shapes, out)) == [0], said(out)
+    assert f"resumed from {out}" in said(out) or nth == 1
+    assert_same_run(whole[0], out)
+
+
+@pytest.mark.parametrize("number, workers", [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
+def test_a_signal_writes_a_checkpoint(shapes, whole, tmp_path, number, workers):
+    """Also when, as torchrun and Slurm do, it goes to the loader's workers, too."""
+    out = tmp_path / "same"
+    process, = live(shapes, out, os.setsid, workers=workers)
+    wait_for(lambda: steps_logged(out) >= 5)
+    os.killpg(process.pid, number)
+    assert finish([process]) == [0] and f"stopped by {number.name}: the same command with --resume goes on" in said(out)
+    step = torch.load(out / "checkpoint.pth", weights_only=True)["step"]
+    assert 5 <= step == log(out)[-1]["step"] < 14 and not (out / "result.json").exists()
+    assert finish(live(shapes, out, workers=workers)) == [0], said(out)
+    assert_same_run(whole[0], out)
+
+
+def slow_evaluation():
+    evaluate._detect = lambda *_: time.sleep(100)
+
+
+def test_a_signal_ends_an_evaluation_at_once(shapes, whole, tmp_path):
+    """Its checkpoint is written already; the resumed run evaluates again."""
+    out = tmp_path / "same"
+    process, = live(shapes, out, slow_evaluation, checkpoint_every=100)
+    wait_for(lambda: steps_logged(out) == 12 and (out / "checkpoint.pth").exists())
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGTERM)
+    assert finish([process], 20) == [0] and "stopped by SIGTERM" in said(out)
+    assert finish(live(shapes, out)) == [0], said(out)
+    assert_same_run(whole[0], out)
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(shapes, tmp_path):
+    processes = live(shapes, tmp_path / "r", world=2, accumulate=1, max_steps=1000, evaluate_every=0)
+    wait_for(lambda: steps_logged(tmp_path / "r") >= 3)
+    os.kill(processes[1].pid, signal.SIGUSR1)
+    assert finish(processes) == [0, 0], said(tmp_path / "r")
+    assert torch.load(tmp_path / "r/checkpoint.pth", weights_only=True)["step"] == log(tmp_path / "r")[-1]["step"] < 1000
+
+
+def torchrun(shapes, out, *options, **more):
+    """The real command with two processes, in a session of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options, "train.py",
+               *flags_of(shapes, out, accumulate=1, **more)]
+    with open(out.with_suffix(".said"), "a") as file:
+        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+
+
+@pytest.fixture(scope="module")
+def whole_two(shapes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "two"
+    assert torchrun(shapes, out).wait(120) == 0, said(out)
+    return out
+
+
+def test_torchrun_two_processes(shapes, whole_two, tmp_path):
+    """The same numbers in its log as one process gives."""
+    run(shapes, tmp_path / "one", **LIVES | {"max_steps": 2})
+    for two, one in zip(log(whole_two)[:2], log(tmp_path / "one"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=2e-2)      # groups of denoising queries may differ between the halves of a batch
-    result = json.loads((tmp_path / "two" / "result.json").read_text())
-    assert result["world_size"] == 2 and result["steps"] == 2
+    result = json.loads((whole_two / "result.json").read_text())
+    assert result["world_size"] == 2 and result["steps"] == 14
+
+
+def workers_of(process):
+    """The processes that torchrun has started, by rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children if b"train.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@pytest.mark.skipif(not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists(), reason="no /proc")
+@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])
+def test_torchrun_restarts_a_killed_process(shapes, whole_two, tmp_path, kills):
+    """One process is killed, torchrun starts both again; then all is killed, torchrun too, and the same command goes on."""
+    rng, out = np.random.default_rng(kills), tmp_path / "two"
+    for target in np.linspace(4, 10, kills).astype(int):
+        process = torchrun(shapes, out, "--max_restarts=3")
+        wait_for(partial(lambda n: steps_logged(out) >= n, target))
+        before = said(out).count("resumed from")
+        os.kill(workers_of(process)[rng.integers(2)], signal.SIGKILL)
+        wait_for(partial(lambda n: said(out).count("resumed from") > n, before))
+        time.sleep(rng.uniform(0, 1))
+        for pid in [*workers_of(process), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    assert torchrun(shapes, out, "--max_restarts=3").wait(120) == 0, said(out)
+    assert_same_run(whole_two, out)
+
+
+def test_an_error_in_one_process_ends_all(shapes, tmp_path):
+    """torchrun ends with the message of that process; the others, which wait for it, say nothing."""
+    shutil.copytree(shapes, tmp_path / "s")
+    sampler = data.BatchSampler(24, total_batch=2, world=2, rank=1, seed=0, steps=9)
+    (index, _), = list(sampler)[7]
+    file = data.open_split("instance", "train", None, data_dir=shapes).file_names[index]
+    broken = tmp_path / "s" / "train" / file.name
+    broken.write_bytes(broken.read_bytes()[:300])
+    assert torchrun(tmp_path / "s", tmp_path / "r").wait(120) == 1
+    text = said(tmp_path / "r")
+    assert f"error: image file {broken}" in text and "rank      : 1" in text.partition("Root Cause")[2]
+    assert "Connection closed" not in text and "stopped by" not in text
+
+
+def no_room_for_checkpoints():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+
+def test_no_room_for_a_checkpoint(shapes, whole, tmp_path):
+    out = tmp_path / "same"
+    assert finish(live(shapes, out, no_room_for_checkpoints)) == [1]
+    assert f"error: {out}/checkpoint.pth cannot be written (File too large): make room" in said(out) and "Traceback" not in said(out)
+    run(shapes, out, resume=True, **LIVES | {"max_steps": 4})
+    before = (out / "checkpoint.pth").read_bytes()
+    assert finish(live(shapes, out, no_room_for_checkpoints)) == [1]
+    assert f"error: {out}/checkpoint.pth cannot be written (File too large): it is kept as it was before, make room" in said(out)
+    assert (out / "checkpoint.pth").read_bytes() == before and not list(out.glob("*.tmp"))
+    assert finish(live(shapes, out)) == [0], said(out)
+    assert_same_run(whole[0], out)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_no_room_for_results(shapes, tmp_path, monkeypatch):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/results_bbox.json").symlink_to("/dev/full")
+    text = command(monkeypatch, *flags_of(shapes, tmp_path / "r", max_steps=1))
+    assert text.startswith("error: ") and "No space left on device" in text and "the last checkpoint is kept" in text
+    (tmp_path / "r/results_bbox.json").unlink()
+    assert run(shapes, tmp_path / "r", resume=True, **LIVES | {"max_steps": 1})["steps"] == 1
+
+
+def nobody():
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+
+
+def test_a_folder_that_may_not_be_written(shapes, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    assert finish(start(partial(call_main, flags_of(shapes, tmp_path / "locked/r"), nobody), tmp_path / "said")) == [1]
+    text = (tmp_path / "said").read_text()
+    assert f"error: {tmp_path / 'locked/r'} cannot be written (Permission denied)" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b[:len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1:]])
+def test_a_damaged_checkpoint(shapes, whole, tmp_path, monkeypatch, damage):
+    """Cut, empty, or one bit turned in the middle of its numbers, which torch.load does not see: the error names the one before it."""
+    out = tmp_path / "same"
+    run(shapes, out, **LIVES | {"max_steps": 7})
+    file = out / "checkpoint.pth"
+    file.write_bytes(damage(file.read_bytes()))
+    text = command(monkeypatch, *flags_of(shapes, out))
+    assert f"error: {file} is not a file of PyTorch weights" in text and f"the last good one is {out}/checkpoint_previous.pth, of step 6" in text
+    file.unlink()
+    run(shapes, out, resume=True, **LIVES)
+    assert_same_run(whole[0], out)
+    (out / train.PREVIOUS).write_bytes(b"")
+    file.write_bytes(b"")
+    assert "last good one" not in command(monkeypatch, *flags_of(shapes, out))
+
+
+def test_a_checkpoint_that_does_not_fit(shapes, tmp_path, monkeypatch):
+    """Made up by hand, or of a version that wrote something else: nothing is taken from it half."""
+    out = tmp_path / "r"
+    run(shapes, out, **LIVES | {"max_steps": 1})
+    content = torch.load(out / "checkpoint.pth", weights_only=True)
+    state = content["optimizer"]["state"]
+    short = state | {0: state[0] | {"exp_avg": torch.zeros(1)}}
+    for change in ({"optimizer": {"state": short}}, {"optimizer": {"state": {10 ** 6: state[0]}}}, {"optimizer": 3}, {"step": "one"}, {"bad": None}):
+        torch.save(content | change, out / "checkpoint.pth")
+        assert "does not hold what a run needs to go on: --finetune=" in command(monkeypatch, *flags_of(shapes, out))
+
+
+def test_restarts_need_resume(shapes, tmp_path, monkeypatch):
+    """Otherwise --overwrite would make each restart begin at nothing."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert "add --resume" in command(monkeypatch, "shapes", f"--data={shapes}", f"--out={tmp_path / 'r'}", "--overwrite")
+
+
+def test_processes_that_see_different_checkpoints(shapes, tmp_path):
+    """As on machines that do not share a folder."""
+    run(shapes, tmp_path / "a", **LIVES | {"max_steps": 1})
+    world = train.World(1, 2, torch.device("cpu"))
+    object.__setattr__(world, "sum", lambda own: [own[0] + 7, 2 * own[1]])
+    with pytest.raises(ConfigError, match="process 1 would start at step 1 .* all machines share"):
+        train.check_shared(train.State(None, None, None, step=1), range(24), world)
 
 
 # ---------------------------------------------------------------------------------------------------------------- steps that go wrong
@@ -293,6 +646,45 @@ def test_steps_without_a_finite_loss_are_skipped_and_then_stop(shapes, tmp_path,
     said = capsys.readouterr().out
     assert "step 2: the loss is not finite" in said and "'giou': nan" in said and "images [" in said
     assert [line["step"] for line in log(tmp_path / "r")] == [1, 4]
+
+
+def test_a_bad_batch_is_left_for_inspection(shapes, tmp_path, monkeypatch, capsys):
+    """And bad steps change nothing: no weight, no average, no statistics of a batch norm. They count on over a resume."""
+    def broken(self, maps):
+        return [x * float("nan") for x in real(self, maps)]
+    flags = dict(max_bad_steps=3, backbone_norm="batch", ema=0.9, accumulate=2)
+    run(shapes, tmp_path / "r", max_steps=1, **flags)
+    before = torch.load(tmp_path / "r/checkpoint.pth", weights_only=True)
+    real = maskdino.ResNet.forward
+    monkeypatch.setattr(maskdino.ResNet, "forward", broken)
+    run(shapes, tmp_path / "r", resume=True, max_steps=3, **flags)
+    after = torch.load(tmp_path / "r/checkpoint.pth", weights_only=True)
+    assert after["bad"] == 2 and all(torch.equal(after[key][name], x) for key in ("model", "ema") for name, x in before[key].items())
+    with pytest.raises(ConfigError, match=f"3 steps in a row .*{tmp_path}/r/bad_batch_0.pth"):
+        run(shapes, tmp_path / "r", resume=True, max_steps=20, **flags)
+    left = torch.load(tmp_path / "r/bad_batch_0.pth", weights_only=True)
+    assert left["step"] == 4 and len(left["batches"]) == 2 and left["model"].keys() == before["model"].keys()
+    images, targets = left["batches"][1]
+    assert images.dtype == torch.uint8 and f"step 4: the loss is not finite, step skipped; rank 0, images [{targets[0]['image_id']}]" in capsys.readouterr().out
+
+
+CPU_MEMORY = "[enforce fail at alloc_cpu.cpp:126] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000 bytes."
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), RuntimeError(CPU_MEMORY), MemoryError(), None])
+def test_out_of_memory_says_what_helps(shapes, tmp_path, monkeypatch, error):
+    """None: what PyTorch really raises here."""
+    def forward(self, images, *_):
+        if error:
+            raise error
+        torch.empty(2 ** 60, dtype=torch.uint8)
+    monkeypatch.setattr(MaskDINO, "forward", forward)
+    text = command(monkeypatch, *flags_of(shapes, tmp_path / "r", accumulate=1))
+    assert re.search(r"images \[\d+, \d+\] with \[\d+, \d+\] objects, 2 at once of 64 x 64 pixels", text) and len(text.splitlines()) == 1
+    assert all(words in text for words in ("error: out of memory", "preset shapes", "--accumulate=2", "--checkpoint_activations", "--image_size"))
+    monkeypatch.setattr(MaskDINO, "forward", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):                     # another error stays what it is
+        run(shapes, tmp_path / "s", **LIVES)
 
 
 def test_bf16_and_ema_train(shapes, tmp_path):
