@@ -70,3 +70,19 @@ def test_moved_points():
     assert torch.equal(losses.move_points(points, ignore), points[[0, 2, 0, 2, 0]])
     assert torch.equal(losses.move_points(points.expand(2, 3, 5, 2), ignore)[1, 2], points[[0, 2, 0, 2, 0]])
     assert torch.equal(losses.move_points(points, torch.zeros(4, 4, dtype=torch.bool)), points)
+
+
+@pytest.mark.parametrize("part", ["logits", "embeddings", "boxes"])
+def test_the_matcher_reports_what_is_not_finite(part):
+    """Also of a query that gets no object, whose boxes and masks no loss sees: the total is not finite, and says why."""
+    config = preset("shapes", mask_points=16)
+    g = torch.Generator().manual_seed(0)
+    values = {"logits": torch.randn(1, 6, 4, generator=g), "boxes": torch.rand(1, 6, 4, generator=g), "embeddings": torch.randn(1, 6, 8, generator=g)}
+    target = {"labels": torch.tensor([0]), "boxes": torch.tensor([[0.2, 0.2, 0.4, 0.4]]), "masks": torch.ones(1, 32, 32, dtype=torch.uint8), "key": 3}
+    for query, names in ((None, set()), (4, {"logits": {"matching/class"}, "embeddings": {"matching/mask", "matching/dice"},
+                                             "boxes": {"matching/l1", "matching/giou"}}[part])):
+        if query:
+            values[part][0, query, 0] = float("nan")
+        output = losses.Output((32, 32), torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(1)), {"layer1": losses.Prediction(**values)}, {}, 0)
+        total, parts = Criterion(config)(output, [target])
+        assert {name for name in parts if name.startswith("matching/")} == names and total.isfinite() == (query is None)

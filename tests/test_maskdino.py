@@ -807,7 +807,12 @@ def test_files_that_are_no_checkpoints(tmp_path):
     with pytest.raises(ConfigError, match="--dec_layers=4 contradicts"):
         maskdino.load(tmp_path / "c.pth", dec_layers=4)
     content = {"model": model.state_dict(), "ema": None, "config": dataclasses.asdict(model.config), "classes": CLASSES}
-    for change, message in [({"classes": CLASSES | {"names": ["one"]}}, "'heads.class_head.*' has shape|'label_embed.weight' has shape"),
+    one, config = {"names": ["one"], "category_ids": [1], "is_thing": [True]}, content["config"]
+    for change, message in [({"classes": one}, "'heads.class_head.*' has shape|'label_embed.weight' has shape"),
+                            ({"classes": CLASSES | {"names": ["one"]}}, "a name, an id and is_thing for each"), ({"classes": ["one"]}, "dictionaries"),
+                            ({"classes": one | {"category_ids": ["../x"]}}, "a name, an id"), ({"model": {"a": 1}}, "tensors by name"),
+                            ({"config": config | {"hidden": "64"}}, "hidden='64'"), ({"config": config | {"levels": ["a"]}}, "levels=.'a'"),
+                            ({"config": config | {"model": "os"}}, "choose one of maskdino"), ({"config": config | {"lr": True}}, "lr=True"),
                             ({"model": dict(list(content["model"].items())[:-1])}, "1 tensors are missing"),
                             ({"model": content["model"] | {"more": torch.zeros(1)}}, "'more'"), ({"config": content["config"] | {"magic": 1}}, "has magic")]:
         torch.save(content | change, tmp_path / "d.pth")
