@@ -1054,7 +1054,7 @@ def _matrix(values: torch.Tensor, rows: list[str], columns: list[int], marked: l
             draw.text((x + w / 2, y + h / 2), f"{value:.1f}", fill="black" if np.dot(ground, (0.299, 0.587, 0.114)) > 128 else "white", font=font, anchor="mm")
     for i, j in marked:
         x, y = left + w * j, h * (i + 1)
-        draw.rectangle((x, y, x + w - 1, y + h - 1), outline="#2080ff", width=3)
+        draw.rectangle((x, y, x + w - 1, y + h - 1), outline="white", width=3)
         draw.rectangle((x, y, x + w - 1, y + h - 1), outline="black")
     return tile
 
