@@ -1,11 +1,12 @@
 """Data: COCO instances and panoptic, ADE20K, Cityscapes, own files laid out as these are; and `shapes`, generated, in the same formats.
 
-    python data.py                                  # makes datasets/shapes if it is not there, counts it, draws a page of augmented samples
+    python data.py                                  # makes datasets/shapes if it is not there, checks it, draws a page of augmented samples
     python data.py /data/coco --task=panoptic --split=val --out=page.png
+    python data.py /data/mine --strict --all        # every problem, each of which is an error
 
-From a file to a batch: open_split finds the files -> a data set reads what describes them once and gives one sample per (index, key):
+From a file to a batch: open_split finds the files -> a data set reads and cleans what describes them once and gives one sample per (index, key):
 the transform chooses a View of the image, the truth is drawn in that view alone -> collate pads samples to one size.
-BatchSampler says which samples a step takes.
+BatchSampler says which samples a step takes. What is wrong with the files goes to a Report: loading says it in a line or stops, `python data.py` lists it.
 
 Boxes are (cx, cy, w, h) in 0..1 unless said otherwise. Notation: B batch, N objects, (H0, W0) pixels of a file, (H, W) of one sample, (Hp, Wp) padded.
 """
@@ -18,19 +19,22 @@ import math
 import os
 import pickle
 import shutil
+import struct
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from pycocotools import mask as mask_api
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -41,6 +45,14 @@ FLAGS = ("json", "images", "panoptic", "labels")         # what can be given by 
 
 class DataError(ValueError):
     """Data that cannot be used: one sentence that names the file, image, annotation or category, and the remedy."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, super().__str__().split("\n")))  # a worker's comes with a traceback before it
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey, or cannot show, written out."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,30 +107,142 @@ def _first_path(data_dir: str | Path | None, given: str | Path | None, candidate
     return found[0]
 
 
-def read_coco(path: Path, kind: str = "instance") -> dict:
-    """The json as a dict that has `images` and `categories`, with unique ids. kind: "instance" or "panoptic". Raises DataError for anything else."""
+class Report:
+    """What is wrong with a data set, by kind, each with what is done about it. Errors end loading at once (DataError), unless they are collected.
+
+    found: {(kind, effect): [how many, the first `keep` of them in words]}; the effect of an error is ERROR. modes: how many image files have which mode.
+    """
+
+    def __init__(self, collect: bool = False, keep: int = 10):
+        self.collect, self.keep = collect, keep
+        self.found: dict[tuple[str, str], list] = {}
+        self.modes: Counter[str] = Counter()
+
+    def note(self, kind: str, effect: str, *cases: str, count: int = 1) -> None:
+        group = self.found.setdefault((kind, effect), [0, []])
+        group[0] += count
+        group[1] += cases[:max(0, self.keep - len(group[1]))]
+
+    def error(self, kind: str, sentence: str) -> None:
+        if not self.collect:
+            raise DataError(sentence)
+        self.note(kind, ERROR, sentence)
+
+    def add(self, other: "Report") -> None:
+        self.modes += other.modes
+        for group, (count, cases) in other.found.items():
+            self.note(*group, *cases, count=count)
+
+    @property
+    def errors(self) -> int:
+        return sum(count for (_, effect), (count, _) in self.found.items() if effect == ERROR)
+
+    def say(self, source: str | Path) -> None:
+        """What training prints of it: a line, or nothing."""
+        if self.found and os.environ.get("RANK", "0") == "0":
+            print(f"{source}: " + ", ".join(f"{count} {kind} {effect}" for (kind, effect), (count, _) in self.found.items()) + "; python data.py says which")
+
+
+ERROR = "error"
+
+
+# What the json's values have to be: each gives the value as it is used, or None. Numbers that went through a table program may end in .0
+
+
+def whole(value: Any) -> int | None:
+    """a whole number"""
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    return value if type(value) is int and abs(value) <= 2 ** 53 else None
+
+
+def positive(value: Any) -> int | None:
+    """a whole number from 1"""
+    number = whole(value)
+    return number if number and number > 0 else None
+
+
+def identity(value: Any) -> int | str | None:
+    """a whole number or a text"""
+    return value if isinstance(value, str) else whole(value)
+
+
+def flag(value: Any) -> bool | None:
+    """0 or 1"""
+    return bool(value) if value in (0, 1) else None
+
+
+def inner_path(value: Any) -> str | None:
+    """a path inside of its folder (without '..', and not from the root)"""
+    if not isinstance(value, str) or not value:
+        return None
+    path = PureWindowsPath(value)  # which knows both kinds of slashes
+    return None if path.drive or path.root or ".." in path.parts or any(len(part) > 255 for part in path.parts) else value
+
+
+def listed(value: Any) -> list | None:
+    """a list"""
+    return value if isinstance(value, list) else None
+
+
+FORMATS = {"instance": {"images": {"id": identity, "file_name": inner_path, "height": positive, "width": positive}, "categories": {"id": whole},
+                        "annotations": {"image_id": identity, "category_id": whole}}}
+FORMATS["panoptic"] = FORMATS["instance"] | {"categories": {"id": whole, "isthing": flag},
+                                             "annotations": {"image_id": identity, "file_name": inner_path, "segments_info": listed}}
+
+
+def usable_rows(rows: list, keys: dict[str, Callable], where: str, report: Report) -> list[dict]:
+    """The rows that have these keys, their values as they are used; others are errors."""
+    kept = []
+    for number, row in enumerate(rows):
+        if missing := [key for key in keys if not isinstance(row, dict) or key not in row]:
+            report.error("incomplete entries", f"{where}[{number}] has no {' and no '.join(missing)}: add what is missing, or take it out")
+            continue
+        values = {key: usable(row[key]) for key, usable in keys.items()}
+        if wrong := [f"{key} = {row[key]!r:.60}, not {keys[key].__doc__}" for key, value in values.items() if value is None]:
+            report.error("impossible entries", f"{where}[{number}] (id {row.get('id')!r:.40}) has {' and '.join(wrong)}: correct the json")
+            continue
+        row.update(values)
+        kept.append(row)
+    return kept
+
+
+def read_coco(path: Path, kind: str, report: Report) -> dict:
+    """The json's images, categories and annotations, complete and with unique ids. kind: "instance" or "panoptic". Raises DataError for anything else."""
     try:
         content = jsonlib.loads(path.read_text(encoding="utf-8-sig"))  # -sig: some exporters write a byte-order mark
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:  # not json, or not text
+    except (ValueError, RecursionError) as error:  # not json, or not text
         raise DataError(f"{path} is no json file: {error}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} is not in COCO's format: it holds a {type(content).__name__}, not a dict with images, annotations, categories")
-    needed = {"images": ("id", "file_name", "height", "width"), "categories": ("id",), "annotations": ("image_id", "category_id")}
-    if kind == "panoptic":
-        needed |= {"categories": ("id", "isthing"), "annotations": ("image_id", "file_name", "segments_info")}
-    for part, keys in needed.items():
-        if part not in content and part != "annotations":
+    parts = {}
+    for part, keys in FORMATS[kind].items():
+        rows = content.get(part, [] if part == "annotations" else None)
+        if part not in content and rows is None:
             raise DataError(f"{path} is not in COCO's format: the key '{part}' is missing (there are: {', '.join(content)})")
-        for number, row in enumerate(content.get(part) or []):
-            if missing := [key for key in keys if not isinstance(row, dict) or key not in row]:
-                raise DataError(f"{path} is not in COCO's {kind} format: {part}[{number}] has no {' and no '.join(missing)}")
+        if not isinstance(rows or [], list):
+            raise DataError(f"{path} is not in COCO's format: '{part}' holds a {type(rows).__name__}, not a list")
+        parts[part] = usable_rows(rows or [], keys, f"{path} is not in COCO's {kind} format: {part}", report)
     for part in ("images", "categories"):
-        twice = [key for key, count in Counter(row["id"] for row in content[part]).items() if count > 1]
-        if twice:
-            raise DataError(f"{path}: {len(twice)} id(s) in '{part}' occur more than once, {twice[:5]} first; give each its own id")
-    return content
+        parts[part] = _one_each(parts[part], "id", f"{path}: {{}} id(s) in '{part}' occur more than once, {{}} first; give each its own id", report)
+    if len({type(row["id"]) for row in parts["images"]}) > 1:
+        raise DataError(f"{path}: some image ids are numbers and some are texts: make all of them one or the other")
+    images = _one_each(parts["images"], "file_name", f"{path}: {{}} file(s) belong to more than one image, {{}} first; make one image of them", report)
+    large = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # what Pillow refuses to open
+    for row in (row for row in images if row["height"] * row["width"] > large):
+        report.error("images of impossible size", f"{path}: image {row['id']} has {row['width']} x {row['height']} pixels (width x height), more than "
+                                                  f"{large:,}, which are refused: correct the json, or cut the image into tiles")
+    return parts | {"images": [row for row in images if row["height"] * row["width"] <= large]}
+
+
+def _one_each(rows: list[dict], key: str, sentence: str, report: Report) -> list[dict]:
+    """The rows, the first one of each value; the sentence, with a number and examples, is the error where there are others."""
+    kept = {row[key]: row for row in reversed(rows)}
+    if len(kept) < len(rows):
+        twice = [value for value, count in Counter(row[key] for row in rows).items() if count > 1]
+        report.error("doubles", sentence.format(len(twice), twice[:5]))
+    return list(kept.values())[::-1] if len(kept) < len(rows) else rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,57 +259,114 @@ class Annotation(NamedTuple):
     area: float | None  # the json's own when usable
 
 
+def _number(value: Any, limit: float = 1e9) -> bool:
+    """Whether it is a finite number, and none that overflows later."""
+    return isinstance(value, (int, float)) and abs(value) <= limit
+
+
 def clean_polygon(polygon: list, height: int, width: int) -> list | None:
-    """A polygon that pycocotools can rasterise, or None where it has fewer than three points, an odd length, or a number that is not finite."""
+    """A polygon that pycocotools can rasterise, or None where it has fewer than three points, an odd length, a number that is not finite, or no end."""
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
         return None
     try:
         if not math.isfinite(sum(polygon)):
             return None
-    except TypeError:  # not numbers
+    except (TypeError, OverflowError):  # not numbers, or none that a float can hold
         return None
-    if min(polygon) >= -min(height, width) and max(polygon) <= 2 * min(height, width):
-        return polygon
-    # Far outside pycocotools runs out of memory or off its arrays; near the image its own clipping is exact and stays untouched.
-    points = np.clip(np.array(polygon, dtype=np.float64).reshape(-1, 2), (-width, -height), (2 * width, 2 * height))
-    return points.ravel().tolist()
+    if min(polygon) < -min(height, width) or max(polygon) > 2 * min(height, width):
+        # Far outside pycocotools runs out of memory or off its arrays; near the image its own clipping is exact and stays untouched.
+        points = np.clip(np.array(polygon, dtype=np.float64).reshape(-1, 2), (-width, -height), (2 * width, 2 * height))
+        polygon = points.ravel().tolist()
+    if len(polygon) > 1000:  # else it cannot be long
+        steps = np.abs(np.diff(np.array(polygon, dtype=np.float64).reshape(-1, 2), axis=0)).sum()
+        return polygon if steps <= 1000 * (height + width) else None  # pycocotools takes 40 bytes a pixel of outline
+    return polygon
 
 
-def clean_rle(rle: dict, height: int, width: int, where: str) -> dict:
-    """The RLE compressed. `where` names the annotation in the DataError for an RLE of another size or length."""
-    size, counts = rle.get("size"), rle.get("counts")
+def clean_rle(rle: dict, height: int, width: int, where: str, report: Report) -> dict | None:
+    """The RLE compressed. `where` names the annotation in the error for an RLE of another size or length, or a damaged one."""
+    size, counts, pixels = rle.get("size"), rle.get("counts"), height * width
+    lengths = decoded_counts(counts) if isinstance(counts, str) else counts
     if size != [height, width]:
-        raise DataError(f"{where} has an RLE of size {size}, its image has [{height}, {width}] (height, width): correct the json")
-    if isinstance(counts, str):
-        return {"size": size, "counts": counts.encode()}
-    if not isinstance(counts, list):
-        raise DataError(f"{where} has an RLE without counts: correct the json")
-    if sum(counts) != height * width or min(counts) < 0:
-        raise DataError(f"{where} has an RLE whose counts add up to {sum(counts)}, its image has {height * width} pixels: correct the json")
-    return mask_api.frPyObjects({"size": size, "counts": counts}, height, width)
+        wrong = f"of size {size!r:.60}, its image has [{height}, {width}] (height, width)"
+    elif not isinstance(lengths, list) or not all(type(number) is int for number in lengths):
+        wrong = "without counts" if counts is None else "whose counts are damaged"
+    elif sum(lengths) != pixels or min(lengths) < 0:
+        wrong = f"whose counts add up to {sum(lengths)}, its image has {pixels} pixels" if sum(lengths) != pixels else "with negative counts"
+    else:
+        size = [height, width]
+        rle = {"size": size, "counts": counts.encode()} if isinstance(counts, str) else mask_api.frPyObjects({"size": size, "counts": counts}, *size)
+        return mask_api.encode(mask_api.decode(rle)) if 0 in lengths[1:] else rle  # runs of nothing mislead pycocotools' IoU
+    report.error("unusable RLEs", f"{where} has an RLE {wrong}: correct the json")
 
 
-def clean_segmentation(segmentation: list | dict | None, height: int, width: int, where: str) -> tuple[list | dict | None, int]:
-    """(segmentation or None where nothing is left, number of polygons dropped)."""
-    if isinstance(segmentation, dict):
-        return clean_rle(segmentation, height, width, where), 0
-    polygons = segmentation or []
-    if polygons and not isinstance(polygons[0], list):
-        polygons = [polygons]  # one polygon without the list around it
-    kept = [polygon for raw in polygons if (polygon := clean_polygon(raw, height, width)) is not None]
-    return kept or None, sum(map(bool, polygons)) - len(kept)
+def decoded_counts(text: str) -> list[int] | None:
+    """Lengths of the runs in a compressed RLE; None for what no encoder writes, at which pycocotools reads on behind the end.
 
-
-def _usable_box(bbox: list | None, height: int, width: int) -> list | None:
-    """bbox (x, y, w, h) in pixels if it is four finite numbers with an inside that meets the image, else None."""
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in bbox):
+    COCO's format: 5 bits a character from 48 on, the lowest first, a sixth where more follow; from the fourth run on a length is told as the
+    difference to the one two before.
+    """
+    codes = np.frombuffer(text.encode(errors="surrogatepass"), np.uint8).astype(np.int64) - 48
+    if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
         return None
+    last = np.flatnonzero(codes < 32)
+    first = np.append(0, last[:-1] + 1)
+    place = np.arange(codes.size) - first.repeat(last - first + 1)
+    if place.max() > 6:
+        return None
+    runs = np.add.reduceat((codes & 31) << 5 * place, first) - ((codes[last] & 16) << 5 * place[last] + 1)  # two's complement
+    for start in (1, 2):
+        runs[start::2] = runs[start::2].cumsum()
+    return runs.tolist()
+
+
+def clean_segmentation(segmentation: Any, height: int, width: int, where: str, report: Report) -> list | dict | None:
+    """Polygons or an RLE; None where nothing is left."""
+    if isinstance(segmentation, dict):
+        return clean_rle(segmentation, height, width, where, report)
+    polygons = segmentation if isinstance(segmentation, list) else []
+    if polygons and not isinstance(polygons[0], list):
+        polygons = [polygons]
+        report.note("polygon(s) without a list around them", "taken as one", where)
+    kept = []
+    for raw in filter(None, polygons):
+        polygon = clean_polygon(raw, height, width)
+        if polygon is None:
+            report.note("malformed polygon(s)", "left out", where)
+        else:
+            kept.append(polygon)
+            if polygon != raw:
+                report.note("polygon(s) far outside the image", "clipped", where)
+    return kept or None
+
+
+def clean_annotation(row: dict, label: int, height: int, width: int, boxes_only: bool, where: str, report: Report) -> Annotation | None:
+    """A json's annotation, or None where it has to be left out. boxes_only: see CocoDataset."""
+    bbox, area, crowd = row.get("bbox"), row.get("area"), flag(row.get("iscrowd", 0))
+    if crowd is None:
+        return report.error("impossible entries", f"{where} has iscrowd = {row['iscrowd']!r:.60}, not 0 or 1: correct the json")
+    segmentation = clean_segmentation(row.get("segmentation"), height, width, where, report)
+    if segmentation is None and isinstance(row.get("segmentation"), dict):
+        return None  # an error, told already
+    bbox = bbox if _usable_box(bbox, height, width) else None
+    if segmentation is None and boxes_only and bbox:
+        x, y, w, h = bbox
+        segmentation = [clean_polygon([x, y, x + w, y, x + w, y + h, x, y + h], height, width)]
+    if segmentation is None:
+        return report.note("annotation(s) without a box" if boxes_only else "annotation(s) without a mask", "left out", where)
+    area = area if _number(area) and 0 <= area <= height * width else None
+    for key, is_usable, effect in (("iscrowd", "iscrowd" in row, "taken as 0"), ("bbox", bbox, "taken from the mask"), ("area", area is not None, "computed")):
+        if not is_usable:
+            report.note(f"annotation(s) without a usable {key}", effect, where)
+    return Annotation(label, crowd, segmentation, bbox, area)
+
+
+def _usable_box(bbox: Any, height: int, width: int) -> bool:
+    """Whether bbox (x, y, w, h) in pixels is four finite numbers with an inside that meets the image."""
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_number, bbox)):
+        return False
     x, y, w, h = bbox
-    return bbox if w > 0 and h > 0 and x < width and y < height and x + w > 0 and y + h > 0 else None
-
-
-def _usable_area(area: float | None) -> float | None:
-    return area if isinstance(area, (int, float)) and math.isfinite(area) and area >= 0 else None
+    return w > 0 and h > 0 and x < width and y < height and x + w > 0 and y + h > 0
 
 
 def to_rle(segmentation: list | dict, height: int, width: int) -> dict:
@@ -193,14 +374,51 @@ def to_rle(segmentation: list | dict, height: int, width: int) -> dict:
     return segmentation if isinstance(segmentation, dict) else mask_api.merge(mask_api.frPyObjects(segmentation, height, width))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Image files
+
+PICTURES = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")  # what is decoded, whatever the suffix says: others may run programs (EPS)
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError, struct.error, zlib.error,
+          EOFError, Image.DecompressionBombError)  # what Pillow's decoders raise for broken files
+
+
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """A picture file, to be decoded inside the `with`. Raises DataError for a broken one."""
+def opened(path: Path, formats: Sequence[str] = PICTURES) -> Iterator[Image.Image]:
+    """A picture file, to be decoded inside the `with`, where nothing else should be done. Raises DataError for a broken one."""
+    if not os.path.isfile(path):  # opening a pipe would wait for ever
+        raise DataError(f"image file {path} is not there, or is no file: correct its name in what lists it")
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=formats) as file:
             yield file
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError is how Pillow calls a broken PNG
+    except DataError:
+        raise
+    except BROKEN as error:
         raise DataError(f"image file {path} cannot be read ({error}): repair it, or take it out of the data set") from error
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None, sized_by: str = "", report: Report | None = None) -> Image.Image:
+    """An image file as RGB, 16 bits scaled to 8. Cameras may store it turned: it is brought into the orientation that has this (height, width), which
+    `sized_by` says, or without one upright. Raises DataError where there is none, before pixels are decoded."""
+    with opened(path) as file:
+        stored, mode = (file.height, file.width), file.mode
+        turned = size != stored and (size is None or size == stored[::-1] and file.getexif().get(0x0112) in (5, 6, 7, 8))
+        if size not in (None, stored) and not turned:
+            raise DataError(f"image file {path} is {stored[1]} x {stored[0]} pixels (width x height), {sized_by} says {size[1]} x {size[0]}: "
+                            "correct one of them")
+        if mode == "F" or mode == "I" and file.format != "PNG":
+            raise DataError(f"image file {path} has pixels of 32 bits (mode {mode}), of which nobody knows what is white: save it with 8 or 16")
+        if report and file.getexif().get(0x0112, 1) != 1:
+            effect = f"turned to the size in {sized_by}" if turned else f"left as stored, which has the size in {sized_by}"
+            report.note("image(s) with an EXIF orientation", effect, str(path))
+        image = ImageOps.exif_transpose(file) if turned else file
+        if mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = image.convert("RGB")
+    if report:
+        report.modes[mode] += 1
+        if mode.startswith("I"):
+            report.note("image(s) of 16 bits", "scaled to 8", str(path))
+    return image
 
 
 def count_values(values: np.ndarray) -> dict[int, int]:
@@ -314,9 +532,9 @@ class ImageDataset(torch.utils.data.Dataset):
     sized_by = "the json"
     images_only = False
 
-    def contents(self, index: int) -> list[tuple[int, bool]]:
-        """(label, crowd) of each object, segment or class in an image."""
-        return [(fact.label, fact.crowd) for fact in self._facts(index) if fact.label >= 0]
+    def contents(self, index: int, truth: Any) -> list[tuple[int, bool, int]]:
+        """(label, crowd, pixels) of each object, segment or class in an image; truth: what `read` returns."""
+        raise NotImplementedError
 
     def truth(self) -> dict | None:
         """Objects as ground truth for pycocotools: {"info", "images", "annotations", "categories"}; None where there are none.
@@ -333,6 +551,31 @@ class ImageDataset(torch.utils.data.Dataset):
         other = copy.copy(self)
         other.images_only = True
         return other
+
+    def select(self, indices: Sequence[int]) -> "ImageDataset":
+        """The same data, these images alone."""
+        other = copy.copy(self)
+        for name, values in vars(self).items():
+            if name in ("image_ids", "file_names", "sizes", "png_names", "label_names", "_bounds") and len(values):
+                setattr(other, name, values[indices] if isinstance(values, np.ndarray) else [values[index] for index in indices])
+        return other
+
+    def examine(self, index: int, report: Report) -> list[tuple[int, bool, int]]:
+        """`contents` of an image, whose files are read once; what is wrong with them goes to the report, which collects."""
+        contents, told = [], set()
+        try:
+            contents = self.contents(index, self.read(index))
+        except DataError as error:
+            told.add(str(error))
+        try:
+            self._open(index, report)
+        except DataError as error:
+            told.add(str(error))
+        for sentence in told:
+            report.error("unusable files", f"image {self.image_ids[index]}: {sentence}")
+        if empty := sum(not pixels for *_, pixels in contents):
+            report.note("mask(s) without a pixel", "left out", f"image {self.image_ids[index]}: {empty} annotation(s)", count=empty)
+        return [row for row in contents if row[2]]
 
     def __getitem__(self, item: int | tuple[int, int]) -> tuple[torch.Tensor, dict]:
         """item: index, or (index, key); key seeds this sample's augmentation, index alone means key 0.
@@ -356,24 +599,25 @@ class ImageDataset(torch.utils.data.Dataset):
         return image, {"labels": labels, "boxes": boxes, "masks": masks, "ignore": ignore, "image_id": self.image_ids[index], "size": view.window,
                        "original_size": original, "key": key}
 
-    def _open(self, index: int) -> Image.Image:
-        """The image file as RGB."""
-        path, (height, width) = self.file_names[index], self._size(index)
-        with opened(path) as file:
-            image = file.convert("RGB")
-        if image.size != (width, height):
-            raise DataError(f"image file {path} is {image.width} x {image.height} pixels (width x height), "
-                            f"{self.sized_by} says {width} x {height}: correct one of them")
-        return image
+    def _open(self, index: int, report: Report | None = None) -> Image.Image:
+        """The image file as RGB, of the size that is told of it."""
+        return read_image(self.file_names[index], self._size(index), self.sized_by, report)
 
     def _size(self, index: int) -> tuple[int, int]:
         return tuple(self.sizes[index].tolist())
 
-    def _set_classes(self, categories: list[dict]) -> dict[int, int]:
-        """Labels are indices into the categories in the order of their ids. Returns {category id: label}."""
+    def _set_classes(self, categories: list[dict], json: str | Path, report: Report) -> dict[int, int]:
+        """Labels are indices into the categories in the order of their ids; names are printable and differ. Returns {category id: label}."""
+        if not categories:
+            raise DataError(f"{json} lists no categories" + " of things" * (self.counted == "segments") + ": add them")
         categories = sorted(categories, key=lambda category: category["id"])
-        self.category_ids = [category["id"] for category in categories]
-        self.class_names = [str(category.get("name", category["id"])) for category in categories]
+        self.category_ids, self.class_names = [category["id"] for category in categories], []
+        for category in categories:
+            name = printable(str(category.get("name", category["id"])))[:100]
+            if name in self.class_names:
+                report.note("category name(s) used twice", "told apart by their ids", f"{json}: category {category['id']}, {name}")
+                name = f"{name} ({category['id']})"
+            self.class_names.append(name)
         self.is_thing = [bool(category.get("isthing", True)) for category in categories]
         return {category_id: label for label, category_id in enumerate(self.category_ids)}
 
@@ -387,12 +631,13 @@ class ImageDataset(torch.utils.data.Dataset):
             raise DataError(f"{json} lists no images" + (" with objects (keep_empty=True keeps those without)" if rows else ""))
         self.image_ids, self.sizes = [row["id"] for row in kept], np.array([(row["height"], row["width"]) for row in kept])
         pickles = [pickle.dumps(facts[row["id"]]) for row in kept]
-        self._ends = np.cumsum([len(data) for data in pickles])
+        ends = np.cumsum([0, *map(len, pickles)])
+        self._bounds = np.stack([ends[:-1], ends[1:]], axis=1)
         self._pickles = np.frombuffer(b"".join(pickles), dtype=np.uint8)
         return kept
 
     def _facts(self, index: int) -> list:
-        return pickle.loads(self._pickles[self._ends[index - 1] if index else 0:self._ends[index]].tobytes())
+        return pickle.loads(self._pickles[slice(*self._bounds[index])].tobytes())
 
     def _as_coco(self, annotations: list[dict], labels: Iterable[int]) -> dict:
         """What pycocotools reads: annotations, numbered here, of these classes."""
@@ -402,8 +647,10 @@ class ImageDataset(torch.utils.data.Dataset):
                 "categories": [{"id": self.category_ids[label], "name": self.class_names[label]} for label in labels]}
 
 
-def _check_files(paths: list[Path], folder: str | Path, of: str | Path, what: str = "image") -> None:
-    missing = [path for path in paths if not path.is_file()]
+def _check_files(paths: list[Path], folder: str | Path, of: str | Path, report: Report, what: str = "image") -> None:
+    if report.collect:
+        return  # each is told when it is examined
+    missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         names = ", ".join(map(str, missing[:5])) + (" ..." if len(missing) > 5 else "")
         raise DataError(f"{len(missing)} of the {len(paths)} {what}s of {of} are not in the {what} folder {folder}: {names}; "
@@ -417,50 +664,47 @@ class CocoDataset(ImageDataset):
     json, images: the file and the folder its file names are relative to. transform: see ImageDataset; the truth it is given is a list of Annotation.
     keep_empty: keep images without objects. max_images: the first so many only; 0 is all.
     boxes_only: an annotation without a mask but with a box is kept, its mask the filled box (for detection); otherwise it is left out.
-    Raises DataError for whatever of the json or the image files is unusable and can be known now.
+    report: where to put what is wrong; None: it is said in a line. Raises DataError for whatever of the json or the image files is unusable and can be
+    known now.
     """
 
     def __init__(self, json: str | Path, images: str | Path, transform: Callable, *, keep_empty: bool = True, max_images: int = 0,
-                 boxes_only: bool = False):
-        content = read_coco(Path(json))
+                 boxes_only: bool = False, report: Report | None = None):
+        found = report or Report()
+        content = read_coco(Path(json), "instance", found)
         self.source, self.transform, self.boxes_only = f"{json}, images in {images}", transform, boxes_only
-        labels = self._set_classes([category | {"isthing": True} for category in content["categories"]])
-        self.has_truth = bool(content.get("annotations"))
-        kept = self._set_images(content["images"], self._clean(content, labels, json), json, keep_empty, max_images)
+        labels = self._set_classes([category | {"isthing": True} for category in content["categories"]], json, found)
+        self.has_truth = bool(content["annotations"])
+        kept = self._set_images(content["images"], self._clean(content, labels, json, found), json, keep_empty, max_images)
         self.file_names = [Path(images) / row["file_name"] for row in kept]
-        _check_files(self.file_names, images, json)
+        _check_files(self.file_names, images, json, found)
+        if not report:
+            found.say(json)
 
-    def _clean(self, content: dict, labels: dict[int, int], json: str | Path) -> dict[int, list[Annotation]]:
+    def _clean(self, content: dict, labels: dict[int, int], json: str | Path, report: Report) -> dict[int, list[Annotation]]:
         """The usable annotations of each image id."""
         sizes = {row["id"]: (row["height"], row["width"]) for row in content["images"]}
-        rows = content.get("annotations") or []
-        if unknown := sorted({row["category_id"] for row in rows} - labels.keys(), key=str):
-            raise DataError(f"{json}: annotations use the category ids {unknown[:20]}, which 'categories' does not list: add them there")
-        cleaned, dropped = {image_id: [] for image_id in sizes}, Counter()
-        for row in rows:
-            if row["image_id"] not in sizes:
-                dropped["annotation(s) of unknown images"] += 1
-                continue
-            height, width = sizes[row["image_id"]]
-            segmentation, lost = clean_segmentation(row.get("segmentation"), height, width, f"{json}: annotation {row.get('id')}")
-            dropped["malformed polygon(s)"] += lost
-            bbox = _usable_box(row.get("bbox"), height, width)
-            if segmentation is None and self.boxes_only and bbox:
-                x, y, w, h = bbox
-                segmentation = [clean_polygon([x, y, x + w, y, x + w, y + h, x, y + h], height, width)]
-            if segmentation is None:
-                dropped["annotation(s) without a mask"] += 1
-                continue
-            cleaned[row["image_id"]].append(Annotation(
-                labels[row["category_id"]], bool(row.get("iscrowd", 0)), segmentation,
-                bbox, _usable_area(row.get("area"))))
-        if +dropped and os.environ.get("RANK", "0") == "0":
-            print(f"{json}: left out " + ", ".join(f"{count} {what}" for what, count in (+dropped).items()))
+        if unknown := sorted({row["category_id"] for row in content["annotations"]} - labels.keys()):
+            report.error("unknown categories", f"{json}: annotations use the category ids {unknown[:20]}, which 'categories' does not list: add them there")
+        cleaned, ids = {image_id: [] for image_id in sizes}, Counter()
+        for row in content["annotations"]:
+            number, image_id, label = identity(row.get("id")), row["image_id"], labels.get(row["category_id"])
+            where = f"{json}: annotation {number} of image {image_id}"
+            ids[number] += number is not None
+            if ids[number] > 1 or number == 0:
+                report.note("annotation id(s) 0" if number == 0 else "annotation id(s) used twice", "numbered anew", where)
+            if image_id not in sizes:
+                report.note("annotation(s) of unknown images", "left out", where)
+            elif label is not None and (annotation := clean_annotation(row, label, *sizes[image_id], self.boxes_only, where, report)):
+                cleaned[image_id].append(annotation)
         return cleaned
 
     def read(self, index: int) -> list[Annotation]:
         """The cleaned annotations of an image, crowds included."""
         return self._facts(index)
+
+    def contents(self, index: int, truth: list[Annotation]) -> list[tuple[int, bool, int]]:
+        return [(a.label, a.crowd, int(mask_api.area(to_rle(a.segmentation, *self._size(index))))) for a in truth]
 
     def draw(self, truth: list[Annotation], view: View) -> tuple[list[int], torch.Tensor, None]:
         objects = [a for a in truth if not a.crowd]
@@ -493,28 +737,36 @@ class PanopticDataset(ImageDataset):
     """Images with their segments, things and stuff, in COCO's panoptic format: a json, and PNGs whose pixels are ids, R + 256 G + 256^2 B.
 
     json, panoptic, images: the file, the folder of its PNGs and that of the images. transform: see ImageDataset; the truth is what `segments` returns.
-    things: only things are classes and objects. keep_empty, max_images: as in CocoDataset.
+    things: only things are classes and objects. keep_empty, max_images, report: as in CocoDataset.
     Raises DataError for what is unusable and can be known now; the PNGs are checked against the json when they are read.
     """
 
     counted = "segments"
 
     def __init__(self, json: str | Path, panoptic: str | Path, images: str | Path, transform: Callable, *, things: bool = False,
-                 keep_empty: bool = True, max_images: int = 0):
-        content = read_coco(Path(json), "panoptic")
+                 keep_empty: bool = True, max_images: int = 0, report: Report | None = None):
+        found = report or Report()
+        content = read_coco(Path(json), "panoptic", found)
         self.source, self.transform = f"{json}, segments in {panoptic}, images in {images}", transform
-        labels = self._set_classes([category for category in content["categories"] if category["isthing"] or not things])
+        labels = self._set_classes([category for category in content["categories"] if category["isthing"] or not things], json, found)
         labels = {category["id"]: labels.get(category["id"], -1) for category in content["categories"]}
-        rows = {row["image_id"]: row for row in content.get("annotations") or []}
-        self.has_truth = bool(rows)
-        if self.has_truth and (bare := [row["id"] for row in content["images"] if row["id"] not in rows]):
-            raise DataError(f"{json}: {len(bare)} image(s) have no entry in 'annotations', {bare[:5]} first: add them, or take the images out")
-        facts = {row["id"]: _segments_of(rows[row["id"]], labels, json) if rows else [] for row in content["images"]}
-        kept = self._set_images(content["images"], facts, json, keep_empty, max_images)
+        rows = _one_each(content["annotations"], "image_id", f"{json}: {{}} image(s) have more than one entry in 'annotations', {{}} first; leave one", found)
+        rows, self.has_truth = {row["image_id"]: row for row in rows}, bool(rows)
+        bare = [row["id"] for row in content["images"] if row["id"] not in rows]
+        if self.has_truth and bare:
+            found.error("images without truth", f"{json}: {len(bare)} image(s) have no entry in 'annotations', {bare[:5]} first: add them, or take the "
+                                                "images out")
+        if unknown := len(rows) + len(bare) - len(content["images"]):
+            found.note("annotation(s) of unknown images", "left out", str(json), count=unknown)
+        images_kept = [row for row in content["images"] if row["id"] in rows or not rows]
+        facts = {row["id"]: _segments_of(rows[row["id"]], labels, json, found) if rows else [] for row in images_kept}
+        kept = self._set_images(images_kept, facts, json, keep_empty, max_images)
         self.file_names = [_cityscapes_name(Path(images), row["file_name"]) for row in kept]
         self.png_names = [Path(panoptic) / rows[row["id"]]["file_name"] for row in kept] if rows else []
-        _check_files(self.file_names, images, json)
-        _check_files(self.png_names, panoptic, json, "panoptic PNG")
+        _check_files(self.file_names, images, json, found)
+        _check_files(self.png_names, panoptic, json, found, "panoptic PNG")
+        if not report:
+            found.say(json)
 
     def segments(self, index: int) -> tuple[np.ndarray, list[dict]]:
         """The map of segment ids int32 (H0, W0), 0 = void, and [{"id", "category_id", "iscrowd", "area"}], area counted in pixels.
@@ -524,7 +776,7 @@ class PanopticDataset(ImageDataset):
         if not self.has_truth:
             return np.zeros(self._size(index), np.int32), []
         path, facts, where = self.png_names[index], self._facts(index), f"image {self.image_ids[index]}"
-        with opened(path) as file:
+        with opened(path, ("PNG",)) as file:
             mode, pixels = file.mode, np.asarray(file)
         if mode != "RGB":
             kind = {"P": "a palette image", "L": "a grey image"}.get(mode, f"of mode {mode}")
@@ -553,6 +805,9 @@ class PanopticDataset(ImageDataset):
 
     read = segments
 
+    def contents(self, index: int, truth: tuple[np.ndarray, list[dict]]) -> list[tuple[int, bool, int]]:
+        return [(self.category_ids.index(segment["category_id"]), bool(segment["iscrowd"]), segment["area"]) for segment in truth[1]]
+
     def draw(self, truth: tuple[np.ndarray, list[dict]], view: View) -> tuple[list[int], torch.Tensor, None]:
         ids, segments = view.map(truth[0], 0), [segment for segment in truth[1] if not segment["iscrowd"]]
         return [self.category_ids.index(segment["category_id"]) for segment in segments], _masks_of(ids, [segment["id"] for segment in segments]), None
@@ -573,17 +828,22 @@ class PanopticDataset(ImageDataset):
         return self._as_coco(annotations, things)
 
 
-def _segments_of(row: dict, labels: dict[int, int], json: str | Path) -> list[Segment]:
+def _segments_of(row: dict, labels: dict[int, int], json: str | Path, report: Report) -> list[Segment]:
     """An image's segments_info, checked."""
-    where = f"{json}: image {row['image_id']}"
-    for number, segment in enumerate(row["segments_info"]):
-        if missing := [key for key in ("id", "category_id") if not isinstance(segment, dict) or key not in segment]:
-            raise DataError(f"{where}: segments_info[{number}] has no {' and no '.join(missing)}")
+    where, kept = f"{json}: image {row['image_id']}", []
+    for segment in usable_rows(row["segments_info"], {"id": positive, "category_id": whole}, f"{where}: segments_info", report):
+        crowd = flag(segment.get("iscrowd", 0))
         if segment["category_id"] not in labels:
-            raise DataError(f"{where}: segment {segment['id']} has the category id {segment['category_id']}, which 'categories' does not list: add it there")
-    if twice := [key for key, count in Counter(segment["id"] for segment in row["segments_info"]).items() if count > 1 or key == 0]:
-        raise DataError(f"{where} lists the segment ids {twice[:5]} twice, or 0, which is void: give each segment its own id from 1")
-    return [Segment(segment["id"], labels[segment["category_id"]], bool(segment.get("iscrowd", 0))) for segment in row["segments_info"]]
+            report.error("unknown categories", f"{where}: segment {segment['id']} has the category id {segment['category_id']}, which 'categories' does not "
+                                               "list: add it there")
+        elif crowd is None or segment["id"] >= 256 ** 3:
+            report.error("impossible entries", f"{where}: segment {segment['id']} has iscrowd = {segment.get('iscrowd')!r:.60}: iscrowd is 0 or 1, "
+                                               "and ids are below 256^3: correct the json")
+        else:
+            kept.append(Segment(segment["id"], labels[segment["category_id"]], crowd))
+    if twice := [key for key, count in Counter(segment.id for segment in kept).items() if count > 1]:
+        report.error("doubles", f"{where} lists the segment ids {twice[:5]} twice: give each segment its own id from 1")
+    return kept
 
 
 def _cityscapes_name(images: Path, name: str) -> Path:
@@ -617,7 +877,7 @@ class SemanticDataset(ImageDataset):
 
     counted, sized_by = "regions", "its label PNG"
 
-    def __init__(self, images: str | Path, labels: str | Path, coding: Coding, transform: Callable, *, max_images: int = 0):
+    def __init__(self, images: str | Path, labels: str | Path, coding: Coding, transform: Callable, *, max_images: int = 0, report: Report | None = None):
         images, labels = Path(images), Path(labels)
         self.source, self.transform, self.coding = f"{images}, labels in {labels}", transform, coding
         self.class_names, self.category_ids, self.is_thing = coding.class_names, coding.category_ids, [False] * len(coding.class_names)
@@ -630,7 +890,7 @@ class SemanticDataset(ImageDataset):
             raise DataError(f"{images} has more than one image named {', '.join(twice[:5])}: names have to differ without folders and suffixes, too")
         self.label_names = [labels / path.relative_to(images).parent / f"{image_id}{coding.label_end}"
                             for path, image_id in zip(self.file_names, self.image_ids, strict=True)]
-        _check_files(self.label_names, labels, images, "label PNG")
+        _check_files(self.label_names, labels, images, report or Report(), "label PNG")
         self._table = np.full(257, -2, np.int32)  # value -> label; -1 no class, -2 an error, as is all beyond 255
         self._table[coding.ignored], self._table[coding.values] = -1, range(len(coding.values))
 
@@ -640,13 +900,13 @@ class SemanticDataset(ImageDataset):
         return np.array([self._size(index) for index in range(len(self))])
 
     def _size(self, index: int) -> tuple[int, int]:
-        with opened(self.label_names[index]) as file:
+        with opened(self.label_names[index], ("PNG",)) as file:
             return file.height, file.width
 
     def label_map(self, index: int) -> np.ndarray:
         """The class of every pixel, int32 (H0, W0): an index into class_names, -1 where there is none. Raises DataError naming file and values."""
         path = self.label_names[index]
-        with opened(path) as file:
+        with opened(path, ("PNG",)) as file:
             mode, values = file.mode, np.asarray(file)
         if mode not in ("L", "P", "1", "I", "I;16"):
             raise DataError(f"label PNG {path} holds colours (mode {mode}), not one number a pixel: write the class's number into one channel of 8 bits")
@@ -665,25 +925,30 @@ class SemanticDataset(ImageDataset):
         present, ignore = [label for label in count_values(labels) if label >= 0], labels < 0
         return present, _masks_of(labels, present), torch.from_numpy(ignore) if ignore.any() else None
 
-    def contents(self, index: int) -> list[tuple[int, bool]]:
-        return [(label, False) for label in count_values(self.label_map(index)) if label >= 0]
+    def contents(self, index: int, truth: np.ndarray) -> list[tuple[int, bool, int]]:
+        return [(label, False, pixels) for label, pixels in count_values(truth).items() if label >= 0]
 
 
 def open_split(task: str, split: str, transform: Callable, *, data_dir: str | Path | None = None, json: str | Path | None = None,
                images: str | Path | None = None, panoptic: str | Path | None = None, labels: str | Path | None = None,
-               classes: str | Path | None = None, keep_empty: bool = True, max_images: int = 0) -> ImageDataset:
+               classes: str | Path | None = None, keep_empty: bool = True, max_images: int = 0, skip_bad_images: bool = False,
+               report: Report | None = None) -> ImageDataset:
     """The data of a split, "train" or "val", for a task, "detection", "instance", "panoptic" or "semantic".
 
     What lies below data_dir says what is opened: detection, instance and panoptic COCO's tree or Cityscapes'; semantic Cityscapes, ADE20K or own folders
     (images/val, labels/val, classes.txt). Paths given by hand win: json, images, panoptic (folder of PNGs), labels (folder of label PNGs), classes (file with a
-    name a line). keep_empty: keep images without objects. max_images: the first so many only; 0 is all. Raises DataError.
+    name a line). keep_empty: keep images without objects. max_images: the first so many only; 0 is all. skip_bad_images: see `usable_images`.
+    report: see CocoDataset. Raises DataError.
     """
+    options = {"max_images": max_images, "report": report}
     if task == "semantic":
-        return SemanticDataset(*find_semantic(data_dir, split, images, labels, classes), transform, max_images=max_images)
-    options = {"keep_empty": keep_empty, "max_images": max_images}
-    if task == "panoptic" or panoptic or json is None and Path(data_dir or ".", "gtFine").is_dir():
-        return PanopticDataset(*find_panoptic(data_dir, split, json, panoptic, images), transform, things=task != "panoptic", **options)
-    return CocoDataset(*find_coco(data_dir, split, json, images), transform, boxes_only=task == "detection", **options)
+        dataset = SemanticDataset(*find_semantic(data_dir, split, images, labels, classes), transform, **options)
+    elif task == "panoptic" or panoptic or json is None and Path(data_dir or ".", "gtFine").is_dir():
+        found = find_panoptic(data_dir, split, json, panoptic, images)
+        dataset = PanopticDataset(*found, transform, things=task != "panoptic", keep_empty=keep_empty, **options)
+    else:
+        dataset = CocoDataset(*find_coco(data_dir, split, json, images), transform, boxes_only=task == "detection", keep_empty=keep_empty, **options)
+    return usable_images(dataset) if skip_bad_images else dataset
 
 
 def find_semantic(data_dir: str | Path | None, split: str, images: str | Path | None = None, labels: str | Path | None = None,
@@ -702,7 +967,10 @@ def find_semantic(data_dir: str | Path | None, split: str, images: str | Path | 
         return root / "images" / part, root / "annotations" / part, Coding(names, ids, [0], ids)
     label_folder = _first_path(data_dir, labels, [f"labels/{stem}" for stem in _stems(split)], Path.is_dir, f"{split}_labels")
     file = _first_path(data_dir, classes, ["classes.txt", "names.txt"], Path.is_file, "classes")
-    names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    try:
+        names = [printable(line.strip()) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {file}: {error}") from error
     if not 0 < len(set(names)) == len(names) <= 255:
         raise DataError(f"{file} has {len(names)} classes, {len(set(names))} of them different: 1 to 255 names are needed, one a line, each once")
     numbers = list(range(len(names)))
@@ -712,6 +980,12 @@ def find_semantic(data_dir: str | Path | None, split: str, images: str | Path | 
 def _known_classes(benchmark: str) -> tuple[list[str], list[int]]:
     row = jsonlib.loads((Path(__file__).parent / "assets/classes.json").read_text())[benchmark]
     return row["names"], row["category_ids"]
+
+
+def check_classes(training: ImageDataset | None = None, evaluation: ImageDataset | None = None) -> None:
+    """Raises DataError where the two splits have no class in common: they meet by name."""
+    if training and evaluation and not set(training.class_names) & set(evaluation.class_names):
+        raise DataError(f"{training.source} and {evaluation.source} have no class name in common: name the classes alike")
 
 
 def boxes_of_masks(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1127,16 +1401,71 @@ def _complete(folder: Path, growing: Path) -> None:
 # A look at a data set
 
 
-def describe(dataset: ImageDataset) -> str:
-    """Counts of a data set, a line each: images, objects (or segments, or regions) of every class, crowds, images without any. Label PNGs are read for it."""
-    counts, crowds, empty = Counter(), 0, 0
-    for index in tqdm(range(len(dataset)), "count", unit=" images", leave=False):
-        contents = dataset.contents(index)
-        counts.update(label for label, crowd in contents if not crowd)
-        crowds += sum(crowd for _, crowd in contents)
-        empty += all(crowd for _, crowd in contents)
-    lines = [f"{len(dataset)} images, {empty} without {dataset.counted}; {counts.total()} {dataset.counted}, {crowds} crowds"]
-    return "\n".join(lines + [f"  {counts[label]:7d} {name}" for label, name in enumerate(dataset.class_names)])
+class _Examined(torch.utils.data.Dataset):
+    """What `examine` says of each image, for a loader's workers."""
+
+    def __init__(self, dataset: ImageDataset, keep: int):
+        self.dataset, self.keep = dataset, keep
+
+    def __getitem__(self, index: int) -> tuple[int, list[tuple[int, bool, int]], Report]:
+        report = Report(collect=True, keep=self.keep)
+        return index, self.dataset.examine(index, report), report
+
+
+def examined(dataset: ImageDataset, report: Report, indices: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, bool, int]], bool]]:
+    """(index, contents, whether all its files are usable) of each of these images, read by all cores; what is wrong is added to the report."""
+    workers = min((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(indices) // 64)
+    loader = torch.utils.data.DataLoader(_Examined(dataset, report.keep), batch_size=None, sampler=indices, num_workers=workers, collate_fn=tuple)
+    for index, contents, found in tqdm(loader, "check", unit=" images", leave=False, disable=os.environ.get("RANK", "0") != "0"):
+        report.add(found)
+        yield index, contents, not found.errors
+
+
+def usable_images(dataset: ImageDataset) -> ImageDataset:
+    """The images whose files can be read and agree with what is told of them; how many are not is said. All are read for it once, shared by all processes."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    report = Report(collect=True, keep=3)
+    mine = [index for index, _, usable in examined(dataset, report, range(rank, len(dataset), world)) if usable], report
+    shares = [mine]
+    if world > 1:
+        dist.all_gather_object(shares := [None] * world, mine)
+    kept = sorted(index for indices, _ in shares for index in indices)
+    cases = [case for _, found in shares for (_, effect), (_, some) in found.found.items() if effect == ERROR for case in some]
+    if rank == 0 and len(kept) < len(dataset):
+        print(f"{dataset.source}: {len(dataset) - len(kept)} of {len(dataset)} images are skipped, as their files cannot be used; {cases[0]}")
+    if not kept:
+        raise DataError(f"{dataset.source}: no image is usable; {cases[0]}")
+    return dataset.select(kept)
+
+
+SIZES = {"small": 32 ** 2, "medium": 96 ** 2, "large": math.inf}  # below so many pixels
+
+
+def check(dataset: ImageDataset, report: Report) -> tuple[str, list[int]]:
+    """Reads all files of a data set. Returns its counts in words, and the indices of the usable images; what is wrong is added to the report."""
+    table, crowds, empty, kept = np.zeros((len(dataset.class_names), len(SIZES)), np.int64), 0, 0, []
+    for index, contents, usable in examined(dataset, report, range(len(dataset))):
+        for label, crowd, pixels in contents:
+            table[label, np.searchsorted(list(SIZES.values()), pixels, "right")] += not crowd
+            crowds += crowd
+        empty += all(crowd for _, crowd, _ in contents)
+        kept += [index] * usable
+    if not table.any():
+        report.note(f"split without {dataset.counted}", "nothing to learn, and every metric n/a", dataset.source)
+    modes = ", ".join(f"{count} {mode}" for mode, count in report.modes.most_common())
+    lines = [f"{len(dataset)} images ({modes}), {empty} without {dataset.counted}; {table.sum()} {dataset.counted}, {crowds} crowds",
+             f"  {'all':>9}" + "".join(f"{size:>9}" for size in SIZES)]
+    lines += [f"  {row.sum():9d}" + "".join(f"{count:9d}" for count in row) + f"  {name}" for row, name in zip(table, dataset.class_names, strict=True)]
+    return "\n".join(lines), kept
+
+
+def problems(report: Report) -> str:
+    """What a report holds, in words, errors last."""
+    lines = []
+    for (kind, effect), (count, cases) in sorted(report.found.items(), key=lambda item: item[0][1] == ERROR):
+        lines += [f"{count} {kind}: {effect}", *(f"    {printable(case)}" for case in cases)]
+        lines += [f"    and {count - len(cases)} more: --all"] * (0 < len(cases) < count)
+    return "\n".join(lines) or "no problems"
 
 
 def draw_page(dataset: ImageDataset, path: Path, count: int = 24, columns: int = 6) -> None:
@@ -1168,27 +1497,49 @@ PATHS = {"json": "annotation file", "images": "image folder", "panoptic": "folde
          "classes": "file with the names of the label PNGs' classes, one a line"}
 
 
+def examine_split(args: argparse.Namespace, split: str, report: Report) -> ImageDataset:
+    """Checks a split and prints what there is and what is wrong; returns its usable images. Raises DataError where it cannot be opened at all."""
+    transform = semantic_jitter(256, (0.5, 1.5)) if args.task == "semantic" else large_scale_jitter(256, (0.5, 1.5))
+    dataset = open_split(args.task, split, transform, data_dir=args.dir, report=report, **{name: getattr(args, name) for name in PATHS})
+    print(f"{split}: {dataset.source}")
+    counts, kept = check(dataset, report)
+    print(counts, problems(report), sep="\n")
+    return dataset.select(kept)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Counts a data set and draws a page of augmented samples.")
+    parser = argparse.ArgumentParser(description="Checks a data set and draws a page of augmented samples. The exit code is 0 if training can start.")
     parser.add_argument("dir", nargs="?", default="datasets/shapes", help="data folder; the default is generated when it is missing")
     parser.add_argument("--task", default="instance", choices=("detection", "instance", "panoptic", "semantic"))
-    parser.add_argument("--split", default="train", choices=("train", "val"))
+    parser.add_argument("--split", choices=("train", "val"), help="default: both; the one that the paths belong to, where they are given")
     for name, what in PATHS.items():
         parser.add_argument(f"--{name}", help=f"{what}, where it is not found by itself")
+    parser.add_argument("--strict", action="store_true", help="whatever is not as it should be is an error")
+    parser.add_argument("--all", action="store_true", help="list all problems, not the first 10 of a kind")
     parser.add_argument("--out", help="page to write (default: DIR's name in a png in the current folder)")
     args = parser.parse_args()
-    try:
-        if args.dir == parser.get_default("dir"):
-            make_shapes(args.dir)
-        transform = semantic_jitter(256, (0.5, 1.5)) if args.task == "semantic" else large_scale_jitter(256, (0.5, 1.5))
-        dataset = open_split(args.task, args.split, transform, data_dir=args.dir, **{name: getattr(args, name) for name in PATHS})
-        print(f"annotations {dataset.source}")
-        print(describe(dataset))
+    by_hand, wrong, opened_splits = any(getattr(args, name) for name in PATHS if name != "classes"), [], []
+    for split in [args.split] if args.split else ["train"] if by_hand else ["train", "val"]:
+        report = Report(collect=True, keep=sys.maxsize if args.all else 10)
+        try:
+            if args.dir == parser.get_default("dir"):
+                make_shapes(args.dir)
+            opened_splits.append(examine_split(args, split, report))
+        except DataError as error:
+            report.error("", str(error))
+            print(f"{split}: {error}".replace(f"--{split}_", "--"))  # as the flags are called here
+        if report.errors or args.strict and report.found:
+            wrong.append(split)
+    if usable := [dataset for dataset in opened_splits if len(dataset)]:
         out = Path(args.out or f"{Path(args.dir).resolve().name}.png")
-        draw_page(dataset, out)
+        draw_page(usable[0], out)
         print(f"page of augmented samples: {out}")
+    try:
+        check_classes(*opened_splits)
     except DataError as error:
         sys.exit(f"error: {error}")
+    if wrong:
+        sys.exit(f"error: training cannot start with the {' and '.join(wrong)} data: correct what is above")
 
 
 if __name__ == "__main__":

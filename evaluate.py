@@ -10,8 +10,8 @@
 CHECKPOINT is one of train.py or a released one. Also: --val_{json,images,panoptic,labels}=PATH and --classes=names.txt (instead of what --data
 finds), --val_instances=JSON (truth for the AP of a panoptic model's things; else its data's own segments), --tta (semantic models: the mean over
 scales and mirrored), --per_class, --batch_size=1, --device=cuda|mps|cpu, and these fields of the checkpoint's Config: --max_images (here: of the
-validation split, 0 = all), --test_short, --test_long, --detections, --workers, --precision, --object_threshold, --overlap_threshold, --temperature,
---sampling_steps, --sampling_eta and --seed (DFormer); of a released one, --box_init and --queries.
+validation split, 0 = all), --skip_bad_images, --test_short, --test_long, --detections, --workers, --precision, --object_threshold,
+--overlap_threshold, --temperature, --sampling_steps, --sampling_eta and --seed (DFormer); of a released one, --box_init and --queries.
 
 AP is that of pycocotools (COCOeval, 100 detections an image), PQ that of the panoptic task's own code, mIoU that of the released code, except that
 - what does not apply is None ("n/a"), never -1 or NaN: no ground truth in the split, or none of that size or class;
@@ -42,7 +42,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -1097,8 +1097,7 @@ def predict_folder(model, images: Path, out: Path, threshold: float = 0.3, tta: 
         folder.mkdir(parents=True, exist_ok=True)
     predictions, segments = [], []
     for file, stem in zip(tqdm(files, "predict", unit="image", leave=False), _stems(files), strict=True):
-        with data.opened(file) as picture:
-            image = ImageOps.exif_transpose(picture).convert("RGB")                           # phones store the camera's orientation beside the pixels
+        image = data.read_image(file)                                                         # upright
         with maskdino.recording(model, INSIDE) if thinking else contextlib.nullcontext() as record:
             result = {"semantic": augmented(model, image).argmax(0)} if tta else model.predict([image], threshold=threshold)[0]
         if thinking:
@@ -1577,7 +1576,7 @@ ACTIONS = {"data": str, "out": str, "images": str, "threshold": float, "per_clas
            "tta": bool, "layers": bool, "explain": bool, "tables": bool, "scale": str} | dict.fromkeys(PATHS, str)
 DEFAULTS = dict.fromkeys(ACTIONS) | {"threshold": 0.3, "per_class": False, "batch_size": 1, "tta": False, "explain": False}
 OVERRIDES = ("max_images", "test_short", "test_long", "detections", "workers", "precision", "object_threshold", "overlap_threshold", "temperature",
-             "box_init", "queries", "sampling_steps", "sampling_eta", "seed")
+             "box_init", "queries", "sampling_steps", "sampling_eta", "seed", "skip_bad_images")
 
 
 def _parse(argv: list[str]) -> tuple[str, dict, dict]:
@@ -1608,7 +1607,7 @@ def _evaluate_data(model, checkpoint: Path, actions: dict, max_images: int, worl
     config, out = model.config, Path(actions["out"] or checkpoint.parent)
     transform = partial(resize_for_test, short=config.test_short, long=config.test_long)
     given = {key.removeprefix("val_"): actions[key] for key in PATHS if key != "val_instances"}
-    dataset = data.open_split(config.task, "val", transform, data_dir=actions["data"], max_images=max_images, **given)
+    dataset = data.open_split(config.task, "val", transform, data_dir=actions["data"], max_images=max_images, skip_bad_images=config.skip_bad_images, **given)
     things = data.CocoDataset(actions["val_instances"], dataset.file_names[0].parent, transform) if actions["val_instances"] else dataset
     if missing := sorted(set(dataset.image_ids) - set(things.image_ids)):
         raise data.DataError(f"--val_instances={actions['val_instances']} has no image {missing[0]}, as {dataset.source} has: they must be of one split")

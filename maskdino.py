@@ -129,6 +129,7 @@ class Config:
     test_short: int = 800
     test_long: int = 1333
     keep_empty: bool = False                                         # train on images without objects
+    skip_bad_images: bool = False                                    # leave out files that cannot be used instead of stopping; all are read once for it
     max_images: int = 0                                              # 0 = all
     evaluate_on: Literal["val", "train"] = "val"
     workers: int = 4

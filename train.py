@@ -407,14 +407,16 @@ def open_data(config: Config, actions: dict, world: World, name: str) -> tuple[d
     def split(which: str, transform, keep_empty: bool) -> data.ImageDataset:
         paths = {kind: actions.get(f"{which}_{kind}") for kind in data.FLAGS}
         dataset = data.open_split(config.task, which, transform, data_dir=where, **paths, classes=actions.get("classes"), keep_empty=keep_empty,
-                                  max_images=config.max_images)
+                                  max_images=config.max_images, skip_bad_images=config.skip_bad_images)
         if world.first:
             print(f"{which} data: {dataset.source}: {len(dataset)} images, {len(dataset.class_names)} classes")
         return dataset
     training = split("train", jitter, config.keep_empty)
     if config.evaluate_on == "train":
         return training, split("train", resize, config.keep_empty)
-    return training, split("val", resize, True)
+    evaluation = split("val", resize, True)
+    data.check_classes(training, evaluation)
+    return training, evaluation
 
 
 def in_epochs(config: Config, epochs: float, images: int) -> Config:

@@ -1,11 +1,20 @@
 """Tests of data.py on small generated files; those on real images run where COCO_TINY or COCO_PANOPTIC_SAMPLE name a folder with a few."""
+import contextlib
+import copy
+import io
 import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
+import traceback
+import warnings
+import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +25,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import data
+import evaluate
 from data import BatchSampler, CocoDataset, DataError, PanopticDataset, View, collate, find_coco, large_scale_jitter, make_shapes, open_split, semantic_jitter
 
 SQUARE = [10, 5, 30, 5, 30, 25, 10, 25]  # of 20 x 20 pixels
@@ -30,7 +40,7 @@ def halve(image: Image.Image, truth) -> tuple[torch.Tensor, None]:
 
 
 def annotation(**changes) -> dict:
-    row = {"id": 0, "image_id": 7, "category_id": 18, "iscrowd": 0, "area": 400, "bbox": [10, 5, 20, 20], "segmentation": [SQUARE]} | changes
+    row = {"id": 1, "image_id": 7, "category_id": 18, "iscrowd": 0, "area": 400, "bbox": [10, 5, 20, 20], "segmentation": [SQUARE]} | changes
     return {key: value for key, value in row.items() if value is not ...}  # ... leaves a key out
 
 
@@ -81,7 +91,8 @@ def test_find_coco_errors_name_what_is_missing(tmp_path, write):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("[]", "holds a list"), ("{", "no json"), ('{"images": []}', "'categories' is missing"), ('{"images": [], "categories": []}', "lists no images"),
+    ("[]", "holds a list"), ("{", "no json"), ('{"images": []}', "'categories' is missing"), ('{"images": [], "categories": [{"id": 1}]}', "lists no images"),
+    ('{"images": [], "categories": []}', "lists no categories"),
     ('{"images": [{"id": 1}], "categories": []}', r"images\[0\] has no file_name"),
     ('{"images": [], "categories": [], "annotations": [{"id": 4}]}', r"annotations\[0\] has no image_id and no category_id"),
     ('{"images": [3], "categories": []}', r"images\[0\] has no id")])
@@ -97,9 +108,9 @@ def test_json_problems_are_named(write, tmp_path):
         CocoDataset(*write([], images=twice), as_is)
     with pytest.raises(DataError, match=r"category ids \[2, 77\]"):
         CocoDataset(*write([annotation(category_id=77), annotation(category_id=2), annotation()]), as_is)
-    with pytest.raises(DataError, match="some.json: annotation 31 has an RLE of size"):
+    with pytest.raises(DataError, match="some.json: annotation 31 of image 7 has an RLE of size"):
         CocoDataset(*write([annotation(id=31, segmentation=rle(60, 40))]), as_is)
-    with pytest.raises(DataError, match="annotation 31 has an RLE whose counts add up to 99"):
+    with pytest.raises(DataError, match="annotation 31 of image 7 has an RLE whose counts add up to 99"):
         CocoDataset(*write([annotation(id=31, segmentation=rle(40, 60, [90, 9]))]), as_is)
     with pytest.raises(DataError, match="lists no images with objects"):
         CocoDataset(*write([annotation(iscrowd=1)]), as_is, keep_empty=False)
@@ -134,12 +145,110 @@ def test_broken_image_and_wrong_size_are_named(write):
         dataset[0]
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "RGBA"])
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "RGBA", "CMYK"])
 def test_other_image_modes_become_rgb(write, mode):
     json_path, images = write([annotation()])
-    Image.new("RGB", (60, 40), (255, 255, 255)).convert(mode).save(images / "7.png")
+    Image.new("RGB", (60, 40), (255, 255, 255)).convert(mode).save(images / "7.png", format="TIFF" if mode == "CMYK" else "PNG")
     image, _ = CocoDataset(json_path, images, as_is)[0]
     assert image.shape == (3, 40, 60) and image.dtype == torch.uint8 and (image == 255).all()
+
+
+def test_16_bits_are_scaled_and_32_are_refused(write):
+    json_path, images = write([annotation()])
+    grey = np.linspace(0, 65535, 2400).reshape(40, 60)
+    Image.fromarray(grey.astype(np.uint16)).save(images / "7.png")
+    dataset = CocoDataset(json_path, images, as_is)
+    assert np.array_equal(dataset[0][0], np.broadcast_to(grey.astype(np.uint16) // 256, (3, 40, 60)))
+    for kind in (np.float32, np.int32):
+        Image.fromarray(grey.astype(kind)).save(images / "7.png", format="TIFF")
+        with pytest.raises(DataError, match=r"7\.png has pixels of 32 bits .*save it with 8 or 16"):
+            dataset[0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_that_agrees_with_the_json(write, orientation):
+    """An upright picture of 60 x 40 pixels, stored as a camera would; then one that nobody turned, whatever its EXIF says; then one that fits in no way."""
+    json_path, images = write([annotation()])
+    upright = Image.fromarray(np.arange(60 * 40 * 3).reshape(40, 60, 3).astype(np.uint8))
+    exif, swapped = Image.Exif(), orientation > 4
+    exif[0x0112] = orientation
+    stored = upright.transpose([None, Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_270]
+                               [orientation - 4]) if swapped else upright
+    stored.save(images / "7.png", exif=exif)
+    report = data.Report(collect=True)
+    dataset = CocoDataset(json_path, images, as_is, report=report)
+    assert np.array_equal(dataset[0][0].permute(1, 2, 0), upright)
+    dataset.examine(0, report)
+    assert report.errors == 0 and ("turned" in data.problems(report)) is swapped and ("as stored" in data.problems(report)) is (1 < orientation < 5)
+    upright.save(images / "7.png", exif=exif)
+    assert np.array_equal(dataset[0][0].permute(1, 2, 0), upright)
+    upright.resize((40, 50)).save(images / "7.png", exif=exif)
+    with pytest.raises(DataError, match=r"7\.png is 40 x 50 pixels .*, the json says 60 x 40"):
+        dataset[0]
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims this size."""
+    chunks = (b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0]), b"IDAT" + zlib.compress(b""), b"IEND")
+    return b"\x89PNG\r\n\x1a\n" + b"".join((len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") for chunk in chunks)
+
+
+def test_what_is_not_decoded(write, tmp_path):
+    """Bombs, pipes, PostScript (for which Pillow would start an interpreter): refused before a pixel is read."""
+    json_path, images = write([annotation()])
+    dataset, picture = CocoDataset(json_path, images, as_is), images / "7.png"
+    for content, words in ((bomb(30000, 30000), "exceeds limit"), (bomb(9000, 9000), "is 9000 x 9000 pixels"),
+                           (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 40\n%%EndComments\nshowpage\n", "cannot identify")):
+        picture.write_bytes(content)
+        with pytest.raises(DataError, match=rf"7\.png .*{words}"):
+            dataset[0]
+    picture.unlink()
+    os.mkfifo(picture)
+    with pytest.raises(DataError, match=r"7\.png is not there, or is no file"):
+        dataset[0]
+    with pytest.raises(DataError, match=r"image 7 has 20000 x 20000 pixels .*which are refused"):
+        CocoDataset(*write([], images=[{"id": 7, "file_name": "8.png", "width": 20000, "height": 20000}]), as_is)
+
+
+@pytest.mark.parametrize("name", ["../7.png", "a/../../7.png", "/etc/hostname", "C:\\7.png", "..\\7.png", "x" * 300, "", None, 7])
+def test_file_names_stay_in_their_folder(write, write_panoptic, name):
+    json_path, images = write([annotation()])
+    content = json.loads(json_path.read_text())
+    content["images"][0]["file_name"] = name
+    json_path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"images\[0\] \(id 7\) has file_name = .* not a path inside of its folder"):
+        CocoDataset(json_path, images, as_is)
+    with pytest.raises(DataError, match=r"annotations\[0\] .*has file_name = .* not a path inside of its folder"):
+        PanopticDataset(*write_panoptic(annotations=[{"image_id": 7, "file_name": name, "segments_info": SEGMENTS}]), as_is)
+
+
+@pytest.mark.parametrize("task", ["instance", "panoptic", "semantic"])
+def test_bad_images_are_skipped_and_counted(write, write_panoptic, request, tmp_path, capsys, task):
+    """One image of two has a broken file: an error, or a sentence and the other image."""
+    if task == "instance":
+        json_path, images = write([annotation(), annotation(id=2, image_id=3, category_id=5)])
+        paths, broken = {"json": json_path, "images": images}, images / "7.png"
+    elif task == "panoptic":
+        rows = [{"image_id": key, "file_name": "7.png", "segments_info": SEGMENTS} for key in (7, 3)]
+        (tmp_path / "val").mkdir()
+        Image.new("RGB", (60, 40)).save(tmp_path / "val/3.jpg")
+        images = [{"id": key, "file_name": f"{key}.jpg", "width": 60, "height": 40} for key in (7, 3)]
+        paths, broken = dict(zip(("json", "panoptic", "images"), write_panoptic(annotations=rows, images=images), strict=True)), tmp_path / "val/7.jpg"
+    else:
+        paths, broken = {"data_dir": request.getfixturevalue("own")}, tmp_path / "labels/val/photo_0.png"
+    broken.write_bytes(broken.read_bytes()[:-30])
+    with pytest.raises(DataError, match=f"{broken.name} cannot be read"):
+        list(open_split(task, "val", as_is, **paths))
+    dataset = open_split(task, "val", as_is, **paths, skip_bad_images=True)
+    assert "1 of 2 images are skipped" in (out := capsys.readouterr().out) and str(broken) in out
+    assert dataset.image_ids == [{"semantic": "photo_1"}.get(task, 3)] and len(dataset) == 1 and len(dataset.sizes) == 1
+    assert dataset[0][1]["labels"].tolist() == {"instance": [0], "panoptic": [1, 0], "semantic": [0, 2]}[task]
+    if task == "instance":
+        assert [row["image_id"] for row in dataset.truth()["annotations"]] == [3]
+    for path in broken.parent.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="no image is usable; image .* cannot be read"):
+        open_split(task, "val", as_is, **paths, skip_bad_images=True)
 
 
 # Annotations
@@ -147,7 +256,8 @@ def test_other_image_modes_become_rgb(write, mode):
 
 @pytest.mark.parametrize(("segmentation", "pixels"), [
     ([SQUARE], 400), (SQUARE, 400), ([SQUARE, [1, 2, 3, 4]], 400), ([SQUARE, [*SQUARE, 1]], 400), ([[float("nan"), *SQUARE[1:]], SQUARE], 400),
-    ([[float("inf"), *SQUARE[1:]]], None), ([["a", *SQUARE[1:]]], None), ([[1, 2, 3, 4]], None), (..., None), (None, None), ([], None), ([[]], None),
+    ([[float("inf"), *SQUARE[1:]]], None), ([[10 ** 400, *SQUARE[1:]]], None), ("polygon", None), (7, None),
+    ([["a", *SQUARE[1:]]], None), ([[1, 2, 3, 4]], None), (..., None), (None, None), ([], None), ([[]], None),
     ([[-1e9, -1e9, 1e9, -1e9, 1e9, 1e9, -1e9, 1e9]], 2400), ([[50, 30, 70, 30, 70, 50, 50, 50]], 100), (rle(40, 60), 3),
     (mask_api.frPyObjects(rle(40, 60), 40, 60) | {"counts": mask_api.frPyObjects(rle(40, 60), 40, 60)["counts"].decode()}, 3)])
 def test_crooked_segmentations(write, capsys, segmentation, pixels):
@@ -156,6 +266,34 @@ def test_crooked_segmentations(write, capsys, segmentation, pixels):
     assert target["masks"].sum((1, 2)).tolist() == ([] if pixels is None else [pixels])
     assert [row["segmentation"]["size"] for row in dataset.truth()["annotations"]] == ([] if pixels is None else [[40, 60]])
     assert (pixels is None) == ("without a mask" in capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("counts", [
+    "", "0", "z", "zzzzzzzz", "P", "PPPPPPPPP1", "\0", "\x7f", "é", "\ud800", "0" * 99, [2400.0], ["2400"], [True] * 2400, None, {}])
+def test_damaged_rles_never_reach_pycocotools(write, counts):
+    with pytest.raises(DataError, match=r"some\.json: annotation 4 of image 7 has an RLE (whose counts (are damaged|add up to)|without counts)"):
+        CocoDataset(*write([annotation(id=4, segmentation={"size": [40, 60], "counts": counts})]), as_is)
+
+
+def test_compressed_rles_are_understood():
+    """As pycocotools writes them; and runs of nothing inside are taken out, which its IoU stops at."""
+    rng = np.random.default_rng(0)
+    for share in (0, 0.01, 0.3, 1):
+        mask = np.asfortranarray(rng.random((70, 90)) < share, dtype=np.uint8)
+        code = mask_api.encode(mask)
+        assert data.decoded_counts(code["counts"].decode()) == data._run_lengths(mask)
+        assert data.clean_rle({"size": [70, 90], "counts": code["counts"].decode()}, 70, 90, "", data.Report()) == code
+    spread = [100, 0, 0, 50, 0, 10, 2240]
+    for counts in (spread, mask_api.frPyObjects({"size": [40, 60], "counts": spread}, 40, 60)["counts"].decode()):
+        clean = data.clean_rle({"size": [40, 60], "counts": counts}, 40, 60, "", data.Report())
+        assert data.decoded_counts(clean["counts"].decode()) == [100, 60, 2240] and mask_api.area(clean) == 60
+
+
+def test_a_polygon_without_end_is_left_out():
+    zigzag = [0, 0, 120, 80] * 1000
+    assert data.clean_polygon(zigzag[:400], 40, 60) and data.clean_polygon(zigzag, 40, 60) is None
+    circle = (30 + 10 * np.stack([np.cos(turn := np.linspace(0, 6.28, 5000)), np.sin(turn)], axis=1)).ravel().tolist()
+    assert data.clean_polygon(circle, 40, 60) == circle
 
 
 def test_boxes_alone_serve_detection(write):
@@ -179,7 +317,7 @@ def test_wild_polygons_never_crash(write):
     rng = np.random.default_rng(0)
     for scale in (1e2, 1e4, 1e9, 1e300):
         polygons = [(scale * rng.standard_normal(2 * rng.integers(3, 9))).tolist() for _ in range(50)]
-        segmentations = [kept for polygon in polygons if (kept := data.clean_segmentation([polygon], 40, 60, "")[0])]
+        segmentations = [kept for polygon in polygons if (kept := data.clean_segmentation([polygon], 40, 60, "", data.Report()))]
         assert data.rasterise(segmentations, View.whole((40, 60), (40, 60))).shape == (50, 40, 60)
 
 
@@ -267,7 +405,7 @@ def test_boxes_are_those_of_what_is_left_of_the_masks(shapes):
     for index in range(40):
         _, target = dataset[index, index]
         assert all(len(target[key]) == len(target["labels"]) for key in ("boxes", "masks"))
-        vanished += len(target["labels"]) < sum(not crowd for _, crowd in dataset.contents(index))
+        vanished += len(target["labels"]) < sum(not a.crowd for a in dataset.read(index))
         for box, mask in zip(target["boxes"], target["masks"], strict=True):
             rows, columns = np.nonzero(mask.numpy())
             cx, cy, w, h = (64 * box).tolist()
@@ -500,7 +638,7 @@ def test_things_alone(write_panoptic):
     dataset = PanopticDataset(*write_panoptic(), as_is, things=True)
     assert dataset.class_names == ["dog"] and dataset.is_thing == [True] and dataset[0][1]["labels"].tolist() == [0]
     assert [segment["id"] for segment in dataset.segments(0)[1]] == [1000, 300] and set(np.unique(dataset.segments(0)[0])) == {0, 300, 1000}
-    assert set(np.unique(dataset.label_map(0))) == {-1, 0} and dataset.contents(0) == [(0, False), (0, True)]
+    assert set(np.unique(dataset.label_map(0))) == {-1, 0} and dataset.contents(0, dataset.read(0)) == [(0, False, 600), (0, True, 100)]
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
@@ -543,7 +681,8 @@ def test_panoptic_json_is_checked_at_the_start(write_panoptic, tmp_path):
     fails(r"image 7: segments_info\[0\] has no category_id", None, [{"id": 1}])
     fails(r"categories\[0\] has no isthing", categories=[{"id": 18, "name": "dog"}])
     fails(r"not in COCO's panoptic format: annotations\[0\] has no file_name and no segments_info", annotations=[annotation()])
-    fails(r"1 image\(s\) have no entry in 'annotations', \[8\] first", images=[{"id": key, "file_name": "7.jpg", "width": 60, "height": 40} for key in (7, 8)])
+    fails(r"1 image\(s\) have no entry in 'annotations', \[8\] first",
+          images=[{"id": key, "file_name": f"{key}.jpg", "width": 60, "height": 40} for key in (7, 8)])
     fails("lists no images", images=[])
     paths = write_panoptic()
     (tmp_path / "panoptic_val/7.png").unlink()
@@ -801,7 +940,7 @@ def test_shapes_are_coco(shapes):
         assert len(content["images"]) == count == len(list((shapes / split).iterdir()))
         kinds = Counter()
         for row in content["annotations"]:
-            mask = mask_api.decode(data.to_rle(data.clean_segmentation(row["segmentation"], 128, 128, "")[0], 128, 128))
+            mask = mask_api.decode(data.to_rle(data.clean_segmentation(row["segmentation"], 128, 128, "", data.Report()), 128, 128))
             kinds["crowd" if row["iscrowd"] else "polygon" if isinstance(row["segmentation"], list) else "rle"] += 1
             assert int(mask.sum()) == pytest.approx(row["area"], rel=0.15, abs=6) and row["id"] > 0
             x, y, w, h = row["bbox"]
@@ -877,9 +1016,9 @@ def test_shapes_of_an_earlier_version_are_completed(shapes, tmp_path):
 
 
 @pytest.mark.parametrize(("task", "words"), [
-    ("instance", ["instances_val.json", "20 images, 1 without objects", "star", "1 crowds"]),
-    ("panoptic", ["panoptic_val.json, segments in", "20 images, 0 without segments", "checks", "1 crowds"]),
-    ("semantic", ["labels/val", "20 images, 0 without regions", "dots"])])
+    ("instance", ["instances_val.json", "20 images (20 RGB), 1 without objects", "star", "1 crowds"]),
+    ("panoptic", ["panoptic_val.json, segments in", "20 images (20 RGB), 0 without segments", "checks", "1 crowds"]),
+    ("semantic", ["labels/val", "20 images (20 RGB), 0 without regions", "dots"])])
 def test_command(shapes, tmp_path, monkeypatch, capsys, task, words):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["data.py", str(shapes), "--split=val", f"--task={task}"])
@@ -889,8 +1028,340 @@ def test_command(shapes, tmp_path, monkeypatch, capsys, task, words):
     page = np.asarray(Image.open("shapes.png"))
     assert min(page.shape[:2]) > 500 and len(np.unique(page.reshape(-1, 3), axis=0)) > 1000
     monkeypatch.setattr(sys, "argv", ["data.py", str(tmp_path), f"--task={task}"])
-    with pytest.raises(SystemExit, match="error: .*has none of"):
+    with pytest.raises(SystemExit, match="error: training cannot start with the train and val data"):
         data.main()
+    assert all(f"{split}: {tmp_path} has none of" in capsys.readouterr().out for split in ("train", ))
+
+
+# Fuzzing: whatever stands in the files, training and evaluation end with a result or a sentence
+
+NASTY = [
+    None, True, False, 0, 1, -1, 7, 2 ** 31, 2 ** 63, 10 ** 400, 0.5, -0.0, 60.0, 1e9, 1e308, float("nan"), float("inf"), "", "7", "x", "../7.png",
+    "/etc/hostname", "C:\\x.png", "a\0b", "\ud800", "\u202e\x1b[2J", "x" * 5000, [], {}, [[]], [[[]]], [0], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6],
+    [[1e9] * 6], [[float("nan")] * 6], [None] * 6, ["a"] * 6, [[10 ** 400] * 6], {"counts": [0] * 50 + [2400]},
+    *({"size": [40, 60]} | ({} if counts is None else {"counts": counts}) for counts in (
+        None, [2400], [2399], [-1, 2401], [1.5, 2398.5], [0] * 50 + [2400], [1, 0, 0, 9, 2390], "", "zzzzzzzz", "00000\0", "0" * 100)),
+    {"size": [10 ** 6, 10 ** 6], "counts": [10 ** 12]}]
+
+
+def nodes(content, path: tuple = ()) -> list[tuple]:
+    """The paths of all values inside lists and dicts."""
+    inner = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    return [found for key, value in inner for found in [(*path, key), *nodes(value, (*path, key))]]
+
+
+def mutate_json(rng: np.random.Generator, content: dict) -> None:
+    for _ in range(rng.integers(1, 4)):
+        *path, key = (paths := nodes(content))[rng.integers(len(paths))]
+        parent = content
+        for step in path:
+            parent = parent[step]
+        kind, other = rng.integers(5), copy.deepcopy(parent[key])
+        if kind == 0:
+            del parent[key]
+        elif kind == 1 and isinstance(parent, list):
+            parent.insert(rng.integers(len(parent) + 1), other)
+        elif kind == 2 and isinstance(other, str) and other:
+            place = rng.integers(len(other))
+            parent[key] = other[:place] + chr(rng.integers(1, 128)) * rng.integers(3) + other[place + 1:]
+        elif kind == 3 and isinstance(other, (int, float)) and abs(other) < 1e300:
+            parent[key] = other * float(rng.choice([-1, 0, 0.5, 1.5, 2, 1000])) + float(rng.choice([0, 0, 1, -1]))
+        else:
+            parent[key] = copy.deepcopy(NASTY[rng.integers(len(NASTY))])
+        if not content:
+            return
+
+
+def mutate_bytes(rng: np.random.Generator, whole: bytes) -> bytes:
+    array, kind = bytearray(whole), rng.integers(6)
+    if kind == 0:
+        return bytes(array[:rng.integers(len(array))])
+    if kind == 1:
+        heads = (b"", b"<html>not found</html>", b"\xef\xbb\xbf", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 40\n", b"[" * 100000)
+        return heads[rng.integers(len(heads))] + whole * int(rng.integers(2))
+    if kind == 2 and array[:4] == b"\x89PNG":  # another size, with the right checksum
+        place = 16 + 4 * int(rng.integers(2))
+        array[place:place + 4] = int(rng.choice([0, 1, 40, 60, 20000, 2 ** 31 - 1])).to_bytes(4, "big")
+        array[29:33] = zlib.crc32(array[12:29]).to_bytes(4, "big")
+        return bytes(array)
+    for _ in range(rng.integers(1, 12)):
+        array[rng.integers(len(array)) if kind < 5 else rng.integers(min(60, len(array)))] = rng.integers(256)
+    return bytes(array)
+
+
+def fuzz_case(seed: int, root: Path) -> str:
+    """Makes data, damages them, and does with them all that the doctor, training and evaluation do."""
+    rng = np.random.default_rng(seed)
+    task = str(rng.choice(["detection", "instance", "instance", "panoptic", "semantic"]))
+    photos = root / ("images/val" if task == "semantic" else "val")
+    for folder in (photos, root / "panoptic_val", root / "labels/val", root / "annotations"):
+        folder.mkdir(parents=True)
+    kinds = rng.choice(["png", "jpg", "bmp", "gif", "tif", "webp"], 3)
+    pixels = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8) // 64 * 64
+    ids = id_map()
+    for number, kind in enumerate(kinds):
+        picture = Image.fromarray(pixels).convert(str(rng.choice(["RGB", "L"])))
+        if rng.random() < 0.1:
+            picture = Image.fromarray(rng.integers(0, 65536, (40, 60), dtype=np.uint16)) if kind == "png" else picture.transpose(Image.Transpose.ROTATE_90)
+        exif = Image.Exif()
+        exif[0x0112] = int(rng.integers(1, 9))
+        picture.save(photos / f"{number}.{kind}", **({"exif": exif} if kind == "jpg" and rng.random() < 0.3 else {}))
+        data.save_ids(ids, root / f"panoptic_val/{number}.png")
+        Image.fromarray(np.where(ids == 0, 255, ids % 7 % 2).astype(np.uint8)).save(root / f"labels/val/{number}.png")
+    (root / "classes.txt").write_text("dog\nsky\n")
+    images = [{"id": 5 + number, "file_name": f"{number}.{kind}", "width": 60, "height": 40} for number, kind in enumerate(kinds)]
+    rle_text = mask_api.encode(np.asfortranarray(ids == 1000, dtype=np.uint8))["counts"].decode()
+    shapes = [[SQUARE], STAR, {"size": [40, 60], "counts": rle_text}, rle(40, 60), SQUARE]
+    content = {"images": images, "categories": [{"id": 18, "name": "dog", "isthing": 1}, {"id": 2, "name": "sky", "isthing": 0}]}
+    if task == "panoptic":
+        content["annotations"] = [{"image_id": 5 + number, "file_name": f"{number}.png", "segments_info": copy.deepcopy(SEGMENTS)} for number in range(3)]
+    else:
+        content["annotations"] = [annotation(id=number, image_id=int(5 + number % 3), category_id=[18, 2][number % 2], segmentation=shapes[number],
+                                             iscrowd=int(number == 3)) for number in range(5)]
+    if task != "semantic" and rng.random() < 0.7:
+        mutate_json(rng, content)
+    file = root / f"annotations/{'panoptic' if task == 'panoptic' else 'instances'}_val.json"
+    file.write_text(json.dumps(content))
+    files = [path for path in sorted(root.rglob("*")) if path.is_file() and (path.suffix != ".json" or rng.random() < 0.2)]
+    for _ in range(rng.choice([0, 1, 2])):
+        path = files[rng.integers(len(files))]
+        path.write_bytes(mutate_bytes(rng, path.read_bytes() or b" "))
+    return use(task, root, skip_bad_images=bool(rng.random() < 0.3))
+
+
+def use(task: str, root: Path, skip_bad_images: bool) -> str:
+    """Everything that is done with a split; in words, how it ended. The doctor has to know it beforehand."""
+    before, report, outcome, bad = set(root.rglob("*")), data.Report(collect=True), "fine", False
+    jitter, resize = (semantic_jitter if task == "semantic" else large_scale_jitter)(64, (0.1, 2.0)), partial(evaluate.resize_for_test, short=48, long=96)
+    try:
+        dataset = open_split(task, "val", jitter, data_dir=root, report=report)
+        data.check(dataset, report)
+        data.problems(report)
+    except DataError:
+        bad = True
+    try:
+        dataset = open_split(task, "val", jitter, data_dir=root)
+        for key in range(3):
+            collate([dataset[index, key] for index in range(len(dataset))])
+    except DataError as error:
+        outcome = str(error)
+    assert (outcome == "fine") == (not bad and not report.errors), (outcome, report.found)
+    try:
+        dataset = open_split(task, "val", resize, data_dir=root, skip_bad_images=skip_bad_images)
+        (root / "out").mkdir()
+        evaluate.evaluate(Guess(dataset, task), dataset, root / "out")
+        evaluate.page(dataset, Guess(dataset, task), root / "out/predictions.png", count=2)
+        if len(dataset):
+            data.draw_page(dataset.select([0]), root / "out/page.png")
+    except DataError as error:
+        assert skip_bad_images or outcome != "fine", error
+        outcome = str(error)
+    assert not {path for path in root.rglob("*") if root / "out" not in (path, *path.parents)} - before, "written outside of the folder for it"
+    assert len(outcome) < 3000 and outcome.count("\n") == 0, outcome
+    return outcome
+
+
+class Guess(torch.nn.Module):
+    """A model that answers with fixed boxes, masks and maps, whatever it sees."""
+
+    def __init__(self, dataset: data.ImageDataset, task: str):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.config = SimpleNamespace(task=task, precision="fp32")
+        self.classes = {"names": dataset.class_names, "category_ids": dataset.category_ids, "is_thing": dataset.is_thing}
+
+    def forward(self, images, sizes):
+        return len(images)
+
+    def postprocess(self, output, valid, sizes, semantic=False):
+        return [self.answer(*size) for size in sizes]
+
+    def answer(self, H: int, W: int) -> dict:
+        masks, last = torch.zeros((2, H, W), dtype=torch.bool), len(self.classes["names"]) - 1
+        masks[0, :H // 2 + 1], masks[1, :, :W // 2 + 1] = True, True
+        things = {"scores": torch.tensor([0.9, 0.5]), "labels": torch.tensor([0, last]), "masks": masks,
+                  "boxes": torch.tensor([[0, 0, W, H // 2 + 1], [0, 0, W // 2 + 1, H]]).float()}
+        segment = {"id": 1, "label": last, "isthing": bool(self.classes["is_thing"][last]), "score": 0.9}
+        task = self.config.task
+        if task == "semantic":
+            return {"semantic": masks[0].long() * last}
+        if task == "detection":
+            del things["masks"]
+        return things | ({"panoptic": masks[0].long(), "segments": [segment], "semantic": masks[0].long() * last} if task == "panoptic" else {})
+
+
+def fuzz(first: int, last: int, root: Path) -> None:
+    """A line for each case as it ends; what is no clean end, with its traceback, begins with FAILED."""
+    torch.set_num_threads(1)
+    for seed in range(first, last):
+        print(seed, end=": ", flush=True)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                outcome = fuzz_case(seed, root / str(seed))
+            except Exception:
+                outcome = "FAILED " + " | ".join(traceback.format_exc().splitlines())
+        shutil.rmtree(root / str(seed))
+        print(outcome.encode("ascii", "backslashreplace").decode(), flush=True)
+
+
+def run_fuzz(first: int, last: int, root: Path, processes: int = 1, limit: int = 300) -> None:
+    """Cases in processes of their own, which a decoder may crash or hang."""
+    bounds = np.linspace(first, last, processes + 1).astype(int).tolist()
+    code = "import sys, test_data; test_data.fuzz(int(sys.argv[1]), int(sys.argv[2]), test_data.Path(sys.argv[3]))"
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen([sys.executable, "-c", code, str(start), str(end), str(root)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                env=environment) for start, end in zip(bounds, bounds[1:], strict=False)]
+    lines = []
+    for process in running:
+        try:
+            out, complaints = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, complaints = process.communicate()
+            pytest.fail(f"case {out.splitlines()[-1]} takes for ever")
+        assert process.returncode == 0, f"a crash in case {(out.splitlines() or ['none'])[-1]}: {complaints[-3000:]}"
+        lines += out.splitlines()
+    assert len(lines) == last - first
+    failed = [line for line in lines if ": FAILED" in line]
+    assert not failed, "\n".join([f"{len(failed)} of {len(lines)}", *failed[:5]])
+    fine = sum(line.endswith(": fine") for line in lines)
+    print(f"{len(lines)} cases, {fine} with a result, {len(lines) - fine} with a sentence")
+    assert 0.1 < fine / len(lines) < 0.9  # neither harmless nor hopeless
+
+
+def test_fuzz(tmp_path):
+    run_fuzz(0, 300, tmp_path)
+
+
+@pytest.mark.slow
+def test_fuzz_long(tmp_path):
+    run_fuzz(1000, 3000, tmp_path, processes=2, limit=1800)
+
+
+# The doctor: each row of what is known to go wrong, and what becomes of it
+
+
+@pytest.fixture
+def doctor(monkeypatch, capsys):
+    """doctor(*arguments) -> (what is printed, the last sentence when training cannot start)."""
+    def run(*arguments) -> tuple[str, str | None]:
+        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+        try:
+            data.main()
+        except SystemExit as error:
+            return capsys.readouterr().out, error.code
+        return capsys.readouterr().out, None
+    return run
+
+
+CROOKED = [
+    ({"segmentation": ...}, "1 annotation(s) without a mask: left out"), ({"segmentation": []}, "1 annotation(s) without a mask: left out"),
+    ({"segmentation": [[]]}, "1 annotation(s) without a mask: left out"), ({"segmentation": [[1, 2, 3, 4]]}, "1 malformed polygon(s): left out"),
+    ({"segmentation": [[*SQUARE, 1]]}, "1 malformed polygon(s): left out"), ({"segmentation": SQUARE}, "1 polygon(s) without a list around them: taken as one"),
+    ({"segmentation": [[float("nan"), *SQUARE[1:]]]}, "1 malformed polygon(s): left out"),
+    ({"segmentation": [[float("inf"), *SQUARE[1:]]]}, "1 malformed polygon(s): left out"),
+    ({"segmentation": [[1e9, *SQUARE[1:]]]}, "1 polygon(s) far outside the image: clipped"),
+    ({"segmentation": [[70, 5, 90, 5, 90, 25]]}, "1 mask(s) without a pixel: left out"),
+    ({"segmentation": [[5, 5] * 3]}, "1 mask(s) without a pixel: left out"),
+    ({"segmentation": rle(40, 60)}, "no problems"), ({"segmentation": rle(40, 60, [2399])}, "1 unusable RLEs: error"),
+    ({"segmentation": rle(60, 40)}, "1 unusable RLEs: error"), ({"segmentation": {"size": [40, 60], "counts": "zz"}}, "1 unusable RLEs: error"),
+    ({"iscrowd": ...}, "1 annotation(s) without a usable iscrowd: taken as 0"), ({"area": ...}, "1 annotation(s) without a usable area: computed"),
+    ({"area": float("nan")}, "1 annotation(s) without a usable area: computed"), ({"iscrowd": 1}, "1 crowds"),
+    ({"iscrowd": "no"}, "1 impossible entries: error"),
+    ({"id": 0}, "1 annotation id(s) 0: numbered anew"), ({"id": 2}, "1 annotation id(s) used twice: numbered anew"),
+    ({"image_id": 99}, "1 annotation(s) of unknown images: left out"), ({"category_id": 77}, "1 unknown categories: error"),
+    ({"category_id": float("nan")}, "1 impossible entries: error"), ({"bbox": ...}, "1 annotation(s) without a usable bbox: taken from the mask"),
+    ({"bbox": [70, 5, 9, 9]}, "1 annotation(s) without a usable bbox: taken from the mask"),
+    ({"bbox": [5, 5, 0, 9]}, "1 annotation(s) without a usable bbox: taken from the mask"),
+    ({"bbox": [float("nan")] * 4, "segmentation": ...}, "1 annotation(s) without a mask: left out")]
+
+
+@pytest.mark.parametrize(("changes", "words"), CROOKED)
+def test_crooked_annotations(write, doctor, tmp_path, changes, words):
+    """The second annotation is crooked, the first one is not; the doctor names it, and does as training does."""
+    json_path, images = write([annotation(id=2), annotation(**{"id": 31} | changes)])
+    out, sentence = doctor(tmp_path, f"--json={json_path}", f"--images={images}", "--split=val", f"--out={tmp_path / 'page.png'}")
+    assert words in out and (sentence is None) is (": error" not in words), out
+    good = words in ("no problems", "1 crowds")
+    assert (tmp_path / "page.png").exists() and ("no problems" in out) is good
+    assert doctor(tmp_path, f"--json={json_path}", f"--images={images}", "--split=val", "--strict", f"--out={tmp_path / 'page.png'}")[1] is None or not good
+    if not good and "annotations[1]" not in out and "unknown categories" not in words and "mask(s)" not in words:
+        assert f"annotation {changes.get('id', 31)} of image {changes.get('image_id', 7)}" in out
+    if ": error" in words:
+        with pytest.raises(DataError):
+            CocoDataset(json_path, images, as_is)
+    else:
+        kept = sum(len(target["labels"]) for _, target in CocoDataset(json_path, images, as_is))
+        assert f"; {kept} objects" in out
+
+
+def test_crooked_jsons_and_files(write, doctor, tmp_path):
+    def told(*annotations, spoil=lambda json_path, images: None, **parts) -> str:
+        json_path, images = write(list(annotations) or [annotation()], **parts)
+        spoil(json_path, images)
+        out, sentence = doctor(tmp_path, f"--json={json_path}", f"--images={images}", f"--out={tmp_path / 'page.png'}")
+        assert (sentence is None) is (": error" not in out and " images (" in out), out
+        return out
+    rows = [{"id": key, "file_name": f"{key}.png", "width": 60, "height": 40} for key in (7, 3)]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert "1 doubles: error" in told(images=[*rows, rows[0] | {"file_name": "8.png"}])
+    assert "1 doubles: error" in told(images=[rows[0], rows[1] | {"file_name": "7.png"}])
+    assert "1 impossible entries: error" in told(images=[rows[0], rows[1] | {"width": float("nan")}])
+    assert "1 incomplete entries: error" in told(images=[rows[0], {"id": 3, "file_name": "3.png"}])
+    assert "some image ids are numbers and some are texts" in told(images=[rows[0], rows[1] | {"id": "3"}])
+    assert "1 category name(s) used twice: told apart by their ids" in told(categories=[{"id": 18, "name": "dog"}, {"id": 5, "name": "dog"}])
+    assert "1 split without objects: nothing to learn, and every metric n/a" in told(annotation(iscrowd=1))
+    assert "images (2 RGB), 1 without objects" in told(spoil=lambda json_path, images: json_path.write_bytes(b"\xef\xbb\xbf" + json_path.read_bytes()))
+    assert "is no json file" in told(spoil=lambda json_path, images: json_path.write_text("[" * 100000))
+    assert "3.png is not there" in told(spoil=lambda json_path, images: (images / "3.png").unlink())
+    assert "3.png is 40 x 60 pixels (width x height), the json says 60 x 40" in told(
+        spoil=lambda json_path, images: Image.new("RGB", (40, 60)).save(images / "3.png"))
+    assert "1 image(s) with an EXIF orientation: turned to the size in the json" in told(
+        spoil=lambda json_path, images: Image.new("RGB", (40, 60)).save(images / "3.png", exif=exif))
+    assert "1 image(s) of 16 bits: scaled to 8" in told(spoil=lambda json_path, images: Image.new("I;16", (60, 40)).save(images / "3.png"))
+    assert "2 images (1 RGB, 1 L)" in told(spoil=lambda json_path, images: Image.new("L", (60, 40)).save(images / "3.png"))
+    for broken in (b"", b"<html>not found</html>", bomb(60, 40)):
+        out = told(spoil=lambda json_path, images, broken=broken: (images / "3.png").write_bytes(broken))
+        assert "1 unusable files: error\n    image 3: image file" in out
+
+
+def test_many_problems_stay_readable(write, doctor, tmp_path, capsys):
+    json_path, images = write([annotation(id=number, area=...) for number in range(1, 2001)])
+    out, sentence = doctor(tmp_path, f"--json={json_path}", f"--images={images}", f"--out={tmp_path / 'page.png'}")
+    assert sentence is None and len(out) < 3000 and "2000 annotation(s) without a usable area: computed" in out and "and 1990 more: --all" in out
+    out, sentence = doctor(tmp_path, f"--json={json_path}", f"--images={images}", "--all", "--strict", f"--out={tmp_path / 'page.png'}")
+    assert sentence == "error: training cannot start with the train data: correct what is above" and "annotation 2000 of image 7" in out
+    CocoDataset(json_path, images, as_is)
+    assert capsys.readouterr().out == f"{json_path}: 2000 annotation(s) without a usable area computed; python data.py says which\n"
+
+
+def test_the_doctor_counts_sizes_and_checks_both_splits(shapes, own, doctor, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out, sentence = doctor(shapes)
+    assert sentence is None and out.count("no problems") == 2 and "60 images" in out and "20 images" in out
+    rows = [line.split() for line in out.split("val: ")[1].splitlines() if line.split()[-1] in data.SHAPES]
+    areas = Counter((row["category_id"], row["area"] >= 32 ** 2) for row in json.loads((shapes / "annotations/instances_val.json").read_text())["annotations"]
+                    if not row["iscrowd"])
+    assert [[int(number) for number in row[:4]] for row in rows] == [[areas[k, 0] + areas[k, 1], areas[k, 0], areas[k, 1], 0] for k in (1, 2, 3, 4)]
+    (own / "labels/val/photo_0.png").write_bytes(b"")
+    out, sentence = doctor(own, "--task=semantic")
+    assert "train and val data" in sentence and "has none of labels/train" in out and "1 unusable files: error" in out
+    for task in ("panoptic", "semantic"):
+        assert doctor(shapes, f"--task={task}")[1] is None
+
+
+def test_splits_without_a_common_class_cannot_start(shapes, doctor, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = shutil.copytree(shapes, tmp_path / "other")
+    file = other / "annotations/instances_val.json"
+    content = json.loads(file.read_text())
+    for category in content["categories"]:
+        category["name"] += "!"
+    file.write_text(json.dumps(content))
+    assert "have no class name in common" in doctor(other)[1]
 
 
 # Real images
