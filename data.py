@@ -46,8 +46,8 @@ FLAGS = ("json", "images", "panoptic", "labels")         # what can be given by 
 class DataError(ValueError):
     """Data that cannot be used: one sentence that names the file, image, annotation or category, and the remedy."""
 
-    def __str__(self) -> str:
-        return "\n".join(map(printable, super().__str__().split("\n")))  # a worker's comes with a traceback before it
+    def __init__(self, sentence: str):
+        super().__init__(printable(sentence.rpartition("data.DataError: ")[2].strip()))  # a loader's worker sends it below a traceback
 
 
 def printable(text: str) -> str:
@@ -1307,7 +1307,7 @@ def _run_lengths(mask: np.ndarray) -> list[int]:
 
 def save_ids(ids: np.ndarray, path: Path) -> None:
     """Saves a map (H, W) of segment ids as COCO's panoptic PNGs do: id = R + 256 G + 256^2 B."""
-    Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=2).astype(np.uint8)).save(path)
+    Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=2).astype(np.uint8)).save(path, format="PNG")
 
 
 def _segment_map(scene: Scene) -> np.ndarray:

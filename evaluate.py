@@ -436,7 +436,7 @@ def _save_panoptic(records: list[dict], ids: list[int], names: list[str], is_thi
 def _save_labels(labels: torch.Tensor, ids: list[int | None], file: Path) -> None:
     """Writes labels (H, W) as a grey PNG of category ids, with 16 bits where 8 do not do; its highest value where there is no id."""
     kind = np.uint8 if max(i or 0 for i in ids) < 255 else np.uint16
-    Image.fromarray(np.array([np.iinfo(kind).max if i is None else i for i in ids], kind)[labels.cpu().numpy()]).save(file)
+    Image.fromarray(np.array([np.iinfo(kind).max if i is None else i for i in ids], kind)[labels.cpu().numpy()]).save(file, format="PNG")
 
 
 def _score(dataset, things, found: list[dict], out: Path, task: str, per_class: bool) -> dict:
@@ -1629,6 +1629,7 @@ def _evaluate_data(model, checkpoint: Path, actions: dict, max_images: int, worl
     print(f"{len(dataset)} images in {facts['seconds']} s; result_eval.json, predictions.png and the results are in {out}")
 
 
+<<<<<<< HEAD
 def _use(checkpoint: str, actions: dict, overrides: dict, world: World) -> None:
     """What a checkpoint is wanted for."""
     model, _ = maskdino.load(checkpoint, world.device, **overrides)
@@ -1651,6 +1652,8 @@ def sentence(error: ValueError) -> str:
     return "error: " + str(error).splitlines()[-1].removeprefix("data.DataError: ")
 
 
+=======
+>>>>>>> 02cb57b (Errors are one printable line from the start, also a worker's; PNGs are PNGs whatever their name; evaluator's rows)
 def main(argv: list[str] | None = None) -> None:
     """The command line. What the user can mend ends as one sentence and exit code 1."""
     argv = sys.argv[1:] if argv is None else argv
@@ -1664,7 +1667,14 @@ def main(argv: list[str] | None = None) -> None:
         with joined(actions["device"]) as world:
             _use(checkpoint, actions, overrides, world)
     except (data.DataError, maskdino.ConfigError) as error:
+<<<<<<< HEAD
         sys.exit(sentence(error))
+=======
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+>>>>>>> 02cb57b (Errors are one printable line from the start, also a worker's; PNGs are PNGs whatever their name; evaluator's rows)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -467,6 +468,63 @@ def test_no_truth_gives_predictions_only(tmp_path, capsys):
     metrics = evaluate.evaluate(Echo(dataset, "panoptic"), data.open_split("panoptic", "val", IDENTITY, data_dir=root), tmp_path / "out")
     assert {metrics[key] for key in evaluate.EMPTY} == {None} and metrics["per_class"]["sky"] == {"PQ": None, "SQ": None, "RQ": None, "IoU": None}
     assert "predictions only" in capsys.readouterr().out and (tmp_path / "out/panoptic/4.png").exists()
+
+
+def test_annotation_id_0_is_found(tmp_path):
+    """pycocotools takes a match with id 0 for none: the evaluator numbers from 1."""
+    root = make_coco(tmp_path / "coco")
+    file = root / "annotations/instances_val2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"] = [row for row in content["annotations"] if row["id"] == 0]
+    file.write_text(json.dumps(content | {"images": content["images"][1:2]}))
+    assert evaluate.evaluate(Oracle(), dataset_of(root), tmp_path)["mask_AP"] == 100
+
+
+def test_no_ground_truth_in_the_split_is_not_0(tmp_path, capsys):
+    """Crowds alone are no truth."""
+    root = make_coco(tmp_path / "coco")
+    file = root / "annotations/instances_val2017.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"annotations": [row for row in content["annotations"] if row.get("iscrowd")]}))
+    metrics = evaluate.evaluate(Oracle(), dataset_of(root), tmp_path)
+    assert metrics["mask_AP"] is None and metrics["box_AP"] is None
+    assert "n/a" in (out := capsys.readouterr().out) and "no ground truth in this split: every metric is n/a" in out
+
+
+def test_bad_images_are_left_out_of_the_scores_when_asked(tmp_path, checkpoint, capsys):
+    root = make_coco(tmp_path / "coco")
+    (root / "val2017/3.png").write_bytes((root / "val2017/3.png").read_bytes()[:90])
+    command = [str(checkpoint), f"--data={root}", f"--out={tmp_path / 'out'}", "--device=cpu"]
+    with pytest.raises(SystemExit, match=r"error: image file .*3\.png cannot be read"):
+        evaluate.main(command)
+    evaluate.main([*command, "--skip_bad_images"])
+    result = json.loads((tmp_path / "out/result_eval.json").read_text())
+    assert "1 of 7 images are skipped" in capsys.readouterr().out and result["images"] == 6
+    truth = Counter(category for number in range(7) if number != 3 for category, _ in objects_of(number))
+    assert {name: row["truth"] for name, row in result["per_class"].items()} == {c["name"]: truth[c["id"]] for c in CATEGORIES}
+    assert not {row["image_id"] for row in json.loads((tmp_path / "out/results_bbox.json").read_text())} & {103}
+
+
+def test_nothing_is_written_outside_of_its_folder(tmp_path):
+    """Files are named after images, whose names a json gives: with folders in them, dots, and a name that two share."""
+    root = make_maps(tmp_path / "maps", 3)
+    names = ["a/b/0.png", "c/0.png", "a/...png"]
+    file = root / "annotations/panoptic_val2017.json"
+    content = json.loads(file.read_text())
+    for number, (row, name) in enumerate(zip(content["images"], names, strict=True)):
+        (root / "val2017" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / f"val2017/{number}.png").rename(root / "val2017" / name)
+        row["file_name"] = name
+    file.write_text(json.dumps(content))
+    before = sorted(tmp_path.rglob("*"))
+    dataset = data.open_split("panoptic", "val", IDENTITY, data_dir=root)
+    evaluate.evaluate(Echo(dataset, "panoptic"), dataset, tmp_path / "out")
+    made = [path for path in tmp_path.rglob("*") if path not in before]
+    assert all(path == tmp_path / "out" or tmp_path / "out" in path.parents for path in made) and len(list((tmp_path / "out/panoptic").iterdir())) == 3
+    content["images"][0]["file_name"] = "../../../0.png"
+    file.write_text(json.dumps(content))
+    with pytest.raises(data.DataError, match="not a path inside of its folder"):
+        data.open_split("panoptic", "val", IDENTITY, data_dir=root)
 
 
 def test_names_of_files_that_are_made_differ():
