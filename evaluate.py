@@ -1629,7 +1629,6 @@ def _evaluate_data(model, checkpoint: Path, actions: dict, max_images: int, worl
     print(f"{len(dataset)} images in {facts['seconds']} s; result_eval.json, predictions.png and the results are in {out}")
 
 
-<<<<<<< HEAD
 def _use(checkpoint: str, actions: dict, overrides: dict, world: World) -> None:
     """What a checkpoint is wanted for."""
     model, _ = maskdino.load(checkpoint, world.device, **overrides)
@@ -1647,13 +1646,6 @@ def _use(checkpoint: str, actions: dict, overrides: dict, world: World) -> None:
         _evaluate_data(model, Path(checkpoint), actions, overrides.get("max_images", 0), world)                 # not the training's number
 
 
-def sentence(error: ValueError) -> str:
-    """What to print for a DataError or ConfigError. From a loader's worker it arrives below a traceback."""
-    return "error: " + str(error).splitlines()[-1].removeprefix("data.DataError: ")
-
-
-=======
->>>>>>> 02cb57b (Errors are one printable line from the start, also a worker's; PNGs are PNGs whatever their name; evaluator's rows)
 def main(argv: list[str] | None = None) -> None:
     """The command line. What the user can mend ends as one sentence and exit code 1."""
     argv = sys.argv[1:] if argv is None else argv
@@ -1667,14 +1659,7 @@ def main(argv: list[str] | None = None) -> None:
         with joined(actions["device"]) as world:
             _use(checkpoint, actions, overrides, world)
     except (data.DataError, maskdino.ConfigError) as error:
-<<<<<<< HEAD
-        sys.exit(sentence(error))
-=======
         sys.exit(f"error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
->>>>>>> 02cb57b (Errors are one printable line from the start, also a worker's; PNGs are PNGs whatever their name; evaluator's rows)
 
 
 if __name__ == "__main__":

@@ -679,19 +679,12 @@ def main() -> None:
     except Stopped as stopped:
         maskdino.say(f"stopped{''.join(f' by {signal.Signals(number).name}' for number in stopped.args)}: the same command with --resume goes on")
     except (ConfigError, data.DataError) as error:
-<<<<<<< HEAD
-        sys.exit(evaluate.sentence(error))
+        sys.exit(f"error: {error}")
     except OSError as error:
         if error.errno not in DISK:
             raise
         sys.exit(f"error: {error.filename or 'the run folder'} cannot be written ({error.strerror}): the last checkpoint is kept; make room for it, or choose "
                  "another folder")
-=======
-        sys.exit(f"error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
->>>>>>> 02cb57b (Errors are one printable line from the start, also a worker's; PNGs are PNGs whatever their name; evaluator's rows)
 
 
 if __name__ == "__main__":
