@@ -107,6 +107,9 @@ def _first_path(data_dir: str | Path | None, given: str | Path | None, candidate
     return found[0]
 
 
+ERROR = "error"
+
+
 class Report:
     """What is wrong with a data set, by kind, each with what is done about it. Errors end loading at once (DataError), unless they are collected.
 
@@ -143,9 +146,6 @@ class Report:
             print(f"{source}: " + ", ".join(f"{count} {kind} {effect}" for (kind, effect), (count, _) in self.found.items()) + "; python data.py says which")
 
 
-ERROR = "error"
-
-
 # What the json's values have to be: each gives the value as it is used, or None. Numbers that went through a table program may end in .0
 
 
@@ -162,8 +162,8 @@ def positive(value: Any) -> int | None:
 
 
 def identity(value: Any) -> int | str | None:
-    """a whole number or a text"""
-    return value if isinstance(value, str) else whole(value)
+    """a whole number or a short text"""
+    return value if isinstance(value, str) and len(value) < 256 else whole(value)
 
 
 def flag(value: Any) -> bool | None:
@@ -220,29 +220,27 @@ def read_coco(path: Path, kind: str, report: Report) -> dict:
     for part, keys in FORMATS[kind].items():
         rows = content.get(part, [] if part == "annotations" else None)
         if part not in content and rows is None:
-            raise DataError(f"{path} is not in COCO's format: the key '{part}' is missing (there are: {', '.join(content)})")
+            raise DataError(f"{path} is not in COCO's format: the key '{part}' is missing (there are: {', '.join(content):.200})")
         if not isinstance(rows or [], list):
             raise DataError(f"{path} is not in COCO's format: '{part}' holds a {type(rows).__name__}, not a list")
         parts[part] = usable_rows(rows or [], keys, f"{path} is not in COCO's {kind} format: {part}", report)
     for part in ("images", "categories"):
-        parts[part] = _one_each(parts[part], "id", f"{path}: {{}} id(s) in '{part}' occur more than once, {{}} first; give each its own id", report)
+        parts[part] = _one_each(parts[part], "id", f"id(s) in '{part}'", "give each its own id", path, report)
     if len({type(row["id"]) for row in parts["images"]}) > 1:
         raise DataError(f"{path}: some image ids are numbers and some are texts: make all of them one or the other")
-    images = _one_each(parts["images"], "file_name", f"{path}: {{}} file(s) belong to more than one image, {{}} first; make one image of them", report)
-    large = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # what Pillow refuses to open
-    for row in (row for row in images if row["height"] * row["width"] > large):
-        report.error("images of impossible size", f"{path}: image {row['id']} has {row['width']} x {row['height']} pixels (width x height), more than "
-                                                  f"{large:,}, which are refused: correct the json, or cut the image into tiles")
+    images, large = _one_each(parts["images"], "file_name", "file(s) in 'images'", "make one image of each", path, report), 2 * Image.MAX_IMAGE_PIXELS
+    if wrong := [row for row in images if row["height"] * row["width"] > large]:  # which Pillow refuses to open
+        report.error("impossible entries", f"{path}: {len(wrong)} image(s) have more than {large:,} pixels, {wrong[0]['width']} x {wrong[0]['height']} "
+                                           f"(width x height) of image {wrong[0]['id']} first: they are refused; correct the json, or cut tiles")
     return parts | {"images": [row for row in images if row["height"] * row["width"] <= large]}
 
 
-def _one_each(rows: list[dict], key: str, sentence: str, report: Report) -> list[dict]:
-    """The rows, the first one of each value; the sentence, with a number and examples, is the error where there are others."""
-    kept = {row[key]: row for row in reversed(rows)}
-    if len(kept) < len(rows):
-        twice = [value for value, count in Counter(row[key] for row in rows).items() if count > 1]
-        report.error("doubles", sentence.format(len(twice), twice[:5]))
-    return list(kept.values())[::-1] if len(kept) < len(rows) else rows
+def _one_each(rows: list[dict], key: str, what: str, remedy: str, where: str | Path, report: Report) -> list[dict]:
+    """The rows, the first one of each value; the others are an error."""
+    twice = [value for value, count in Counter(row[key] for row in rows).items() if count > 1]
+    if twice:
+        report.error("doubles", f"{where}: {len(twice)} {what} occur more than once, {twice[:5]!r:.200} first; {remedy}")
+    return list({row[key]: row for row in reversed(rows)}.values())[::-1] if twice else rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,10 +287,10 @@ def clean_rle(rle: dict, height: int, width: int, where: str, report: Report) ->
     lengths = decoded_counts(counts) if isinstance(counts, str) else counts
     if size != [height, width]:
         wrong = f"of size {size!r:.60}, its image has [{height}, {width}] (height, width)"
-    elif not isinstance(lengths, list) or not all(type(number) is int for number in lengths):
+    elif not isinstance(lengths, list) or not all(type(number) is int and 0 <= number <= pixels for number in lengths):
         wrong = "without counts" if counts is None else "whose counts are damaged"
-    elif sum(lengths) != pixels or min(lengths) < 0:
-        wrong = f"whose counts add up to {sum(lengths)}, its image has {pixels} pixels" if sum(lengths) != pixels else "with negative counts"
+    elif sum(lengths) != pixels:
+        wrong = f"whose counts add up to {sum(lengths)}, its image has {pixels} pixels"
     else:
         size = [height, width]
         rle = {"size": size, "counts": counts.encode()} if isinstance(counts, str) else mask_api.frPyObjects({"size": size, "counts": counts}, *size)
@@ -750,7 +748,7 @@ class PanopticDataset(ImageDataset):
         self.source, self.transform = f"{json}, segments in {panoptic}, images in {images}", transform
         labels = self._set_classes([category for category in content["categories"] if category["isthing"] or not things], json, found)
         labels = {category["id"]: labels.get(category["id"], -1) for category in content["categories"]}
-        rows = _one_each(content["annotations"], "image_id", f"{json}: {{}} image(s) have more than one entry in 'annotations', {{}} first; leave one", found)
+        rows = _one_each(content["annotations"], "image_id", "image ids in 'annotations'", "leave one entry for each", json, found)
         rows, self.has_truth = {row["image_id"]: row for row in rows}, bool(rows)
         bare = [row["id"] for row in content["images"] if row["id"] not in rows]
         if self.has_truth and bare:
@@ -1441,8 +1439,9 @@ def usable_images(dataset: ImageDataset) -> ImageDataset:
 SIZES = {"small": 32 ** 2, "medium": 96 ** 2, "large": math.inf}  # below so many pixels
 
 
-def check(dataset: ImageDataset, report: Report) -> tuple[str, list[int]]:
-    """Reads all files of a data set. Returns its counts in words, and the indices of the usable images; what is wrong is added to the report."""
+def check(dataset: ImageDataset, report: Report, training: bool = False) -> tuple[str, list[int]]:
+    """Reads all files of a data set. Returns its counts in words, and the indices of the usable images; what is wrong is added to the report.
+    training: without any object it is of no use."""
     table, crowds, empty, kept = np.zeros((len(dataset.class_names), len(SIZES)), np.int64), 0, 0, []
     for index, contents, usable in examined(dataset, report, range(len(dataset))):
         for label, crowd, pixels in contents:
@@ -1450,8 +1449,10 @@ def check(dataset: ImageDataset, report: Report) -> tuple[str, list[int]]:
             crowds += crowd
         empty += all(crowd for _, crowd, _ in contents)
         kept += [index] * usable
-    if not table.any():
-        report.note(f"split without {dataset.counted}", "nothing to learn, and every metric n/a", dataset.source)
+    if not table.any() and training:
+        report.error("empty splits", f"{dataset.source}: there are no {dataset.counted} to learn from")
+    elif not table.any():
+        report.note(f"split without {dataset.counted}", "every metric is n/a", dataset.source)
     modes = ", ".join(f"{count} {mode}" for mode, count in report.modes.most_common())
     lines = [f"{len(dataset)} images ({modes}), {empty} without {dataset.counted}; {table.sum()} {dataset.counted}, {crowds} crowds",
              f"  {'all':>9}" + "".join(f"{size:>9}" for size in SIZES)]
@@ -1502,7 +1503,7 @@ def examine_split(args: argparse.Namespace, split: str, report: Report) -> Image
     transform = semantic_jitter(256, (0.5, 1.5)) if args.task == "semantic" else large_scale_jitter(256, (0.5, 1.5))
     dataset = open_split(args.task, split, transform, data_dir=args.dir, report=report, **{name: getattr(args, name) for name in PATHS})
     print(f"{split}: {dataset.source}")
-    counts, kept = check(dataset, report)
+    counts, kept = check(dataset, report, split == "train")
     print(counts, problems(report), sep="\n")
     return dataset.select(kept)
 
