@@ -214,7 +214,7 @@ SIBLING = SHAPES | dict(levels=(8, 16, 32))                             # for as
 ADE20K = dict(task="semantic", image_size=512, scale_jitter=(0.5, 2.0), test_short=512, test_long=2048, iterations=160_000)
 CITYSCAPES = dict(task="semantic", backbone_norm="batch", crop_height=512, scale_jitter=(0.5, 2.0), test_short=1024, test_long=2048, iterations=90_000)
 
-# Masks pull at the backbone four times as hard as classes do, so that textures are learned late, unless classes weigh more and no denoising query is told its own.
+# Masks pull at the backbone four times as hard as classes, and textures are learned late, unless classes weigh more and denoising queries are not told theirs.
 TEXTURED = dict(class_weight=20.0, label_noise=1.0)
 
 # One row a preset: overrides of Config and, under "about", what the row claims; under "released", what is in the name of its official checkpoint.
