@@ -1142,6 +1142,11 @@ class Row(NamedTuple):
     remark: str = ""                        # of a row that is paper only: why, or the command that comes nearest
     unchecked: bool = False                 # the paper's numbers are from memory: not looked up again
 
+    @property
+    def read_out(self) -> bool:
+        """Whether the row evaluates a trained model once more, instead of being what training leaves."""
+        return self.layer is not None or bool(self.at_test)
+
     def result(self, folder: Path) -> Path:
         """The file with this row's numbers, in its run's folder."""
         if self.at_test:
@@ -1151,7 +1156,7 @@ class Row(NamedTuple):
     def command(self, run: "Run", root: Path, where: str | None) -> str:
         """What leaves that file: trains, or evaluates the trained model once more."""
         folder = root / run.name
-        if self.result(folder) == folder / "result.json" or not (folder / "result.json").exists():
+        if not self.read_out or not (folder / "result.json").exists():
             return run.command(root, where)
         words = [f"--{k}={_flag(v)}" for k, v in self.at_test.items()] + [f"--out={self.result(folder).parent}"] if self.at_test else ["--layers"]
         return " ".join(["python evaluate.py", str(folder / "checkpoint.pth"), *words, f"--data={run.data(where) or 'DIR'}"])

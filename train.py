@@ -607,8 +607,8 @@ def run_table(name: str, overrides: dict, actions: dict, world: World) -> None:
             print(f"\n{name}: {', '.join(rows)}, seed {run_.overrides.get('seed', 0)}: {root / folder}")
         if not (root / folder / "result.json").exists():
             run(run_.preset, run_.overrides, where | {"resume": True}, world)
-        for row in {row.result(root / folder): row for row in rows.values()}.values():
-            if not row.result(root / folder).exists():
+        for file, row in {row.result(root / folder): row for row in rows.values() if row.read_out}.items():     # several rows may want one file
+            if not file.exists():                                       # the same on every process: the first writes it after all have evaluated
                 read_out(row, root / folder, where, world, run_.preset)
     if world.first:
         print()
@@ -639,7 +639,7 @@ def plan(jobs: dict, root: Path, where: str | None) -> str:
         state = "done" if (there / "result.json").exists() else "resumes" if (there / "checkpoint.pth").exists() else "to do"
         hours = (config.max_steps or config.iterations) * config.total_batch / speed / 3600 if speed else None
         total += (hours or 0) * (state != "done")
-        again = ", ".join(label for label, row in rows.items() if row.result(there) != there / "result.json")
+        again = ", ".join(label for label, row in rows.items() if row.read_out)
         lines += [f"{', '.join(rows)}, seed {config.seed}: {state}" + (f", {hours:.2f} hours" if hours and state != "done" else "") +
                   f"; evaluated again for {again}" * bool(again), f"    {run_.command(root, where)}"]
     estimate = f"about {total:.1f} hours at {speed:.1f} images/s" if speed else "time unknown until a row has run"

@@ -252,6 +252,17 @@ def test_models_side_by_side(shapes, tmp_path, capsys):
     assert len({result["steps"] for result in results.values()}) == 1 and "Mask2Former  minutes" in " ".join(capsys.readouterr().out.split("   "))
 
 
+def test_a_process_that_writes_nothing_evaluates_no_plain_row_again(tmp_path, monkeypatch):
+    """Whoever is not first comes from training while the first still writes result.json, and must not start an evaluation alone."""
+    calls = []
+    monkeypatch.setattr(train, "run", lambda *_: None)
+    monkeypatch.setattr(train, "read_out", lambda row, *_: calls.append(row))
+    for name, wanted in (("models", 0), ("dformer", 6), ("enhanced", 2)):
+        calls.clear()
+        train.run_table(name, {}, {"out": str(tmp_path), "scale": "shapes"}, train.World(1, 2, torch.device("cpu")))
+        assert len(calls) == wanted and all(row.read_out for row in calls)
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux knows a way")
 def test_a_runs_peak_of_memory_is_its_own():
     torch.ones(2 ** 27)                                                 # half a GB, by somebody before
