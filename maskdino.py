@@ -1149,10 +1149,9 @@ class ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name}")
 
     def number(self, name: str, *_: object) -> Array:
-        kind = np.dtype(name) if isinstance(name, str) else None
-        if kind is None or kind.kind not in "biufc":
+        if not isinstance(name, str) or not re.fullmatch(r"[<>=|]?[biufc]\d{1,2}", name):
             raise pickle.UnpicklingError(f"an array of {name}")
-        return Array(kind)
+        return Array(np.dtype(name))
 
     def empty(self, *_: object) -> Array:
         return Array()
@@ -1182,8 +1181,8 @@ def read_torch_file(path: Path) -> dict:
         content = read_pickle(path) if path.suffix == ".pkl" else torch.load(path, map_location="cpu", weights_only=True)
         # torch.load reads past damaged numbers; what we wrote has check sums. (Of other files nobody knows whether they do.)
         whole = not isinstance(content, dict) or not OWN <= content.keys() or zipfile.ZipFile(path).testzip() is None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, pickle.UnpicklingError,
-            zipfile.BadZipFile):                                                                        # whatever is not whole
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, MemoryError,
+            pickle.UnpicklingError, zipfile.BadZipFile):                                                # whatever is not whole
         whole = False
     if not whole:
         raise ConfigError(f"{path} is not a file of PyTorch weights (of tensors and plain values: nothing else is read), or it is damaged")

@@ -358,6 +358,33 @@ def test_pickles_that_want_more_than_arrays(call, tmp_path, capsys):
     assert "code ran" not in capsys.readouterr().out
 
 
+NDARRAY, DTYPE, MADE = b"cnumpy\nndarray\n", b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\n_reconstruct\n"
+ARRAY = MADE + b"(" + NDARRAY + b"(K\x00tU\x01btR"                            # an empty one, whose state comes with BUILD: (version, shape, type, order, bytes)
+KIND = DTYPE + b"(U\x02%stR"
+
+
+@pytest.mark.parametrize("attack", {
+    "memory that numpy would take for objects": b"(" + NDARRAY + b"(K\x01t" + KIND % b"V8" + b"tR",
+    "an array of objects": ARRAY + b"(K\x01(K\x01t" + KIND % b"O8" + b"\x89](Natb",
+    "more numbers than there are bytes": ARRAY + b"(K\x01(J\x00\x00\x00\x40t" + KIND % b"f4" + b"\x89U\x04aaaatb",
+    "a type made of numbers in a row": DTYPE + b"(U\x05f4,f4tR",
+    "a type's state that says 64 bytes": ARRAY + b"(K\x01(K\x09t" + KIND % b"f4" + b"(K\x03U\x01<NNNK\x40K\x01K\x00tb" + b"\x89U\x04aaaatb",
+    "another meaning for a function": MADE + b"(N}U\x08__code__Nstb",
+    "another meaning for a class": b"ccollections\nOrderedDict\n(N}U\x05itemsNstb",
+    "another meaning for a method": b"ccollections\nOrderedDict\n)R}U\x03get" + MADE + b"sb",
+    "a dotted name": b"\x8c\x05numpy\x8c\x0endarray.tofile\x93",
+    "a persistent name": b"U\x01xQ", "an extension": b"\x82\x01", "more bytes than memory": b"\x8e" + b"\xff" * 7 + b"\x0f"}.items(), ids=lambda x: x[0])
+def test_pickles_that_attack(attack, tmp_path):
+    """Each ends in the same sentence; and the reader is as good as before."""
+    head, tail = b"\x80\x02}U\x05model}U\x01a", b"ss."
+    (tmp_path / "evil.pkl").write_bytes(head + attack[1] + tail if "method" not in attack[0] else b"\x80\x02" + attack[1] + b".")
+    with pytest.raises(ConfigError, match="nothing else is read"):
+        maskdino.load(tmp_path / "evil.pkl")
+    whole = ARRAY + b"(K\x01(K\x01t" + KIND % b"f4" + b"(K\x03U\x01<NNNK\xffK\xffK\x00tb\x89U\x04\x00\x00\x80\x3ftb"
+    (tmp_path / "good.pkl").write_bytes(head + whole + tail)
+    assert maskdino.read_torch_file(tmp_path / "good.pkl")["model"]["a"].tolist() == [1.0]
+
+
 @pytest.mark.parametrize("content", [b"", b"text", pickle.dumps([1]), pickle.dumps({"model": {"a": "text"}}), pickle.dumps({"a": np.array([None])}),
                                      pickle.dumps({"a": np.zeros(99)})[:50]])
 def test_pickles_that_are_no_checkpoints(content, tmp_path):
