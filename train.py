@@ -357,8 +357,12 @@ def score(model: MaskDINO, dataset: data.ImageDataset, out: Path, config: Config
 # ---------------------------------------------------------------------------------------------------------------- setting up a run
 def prepare_folder(out: Path, actions: dict) -> Path | None:
     """The checkpoint to resume from, or None for a fresh start. Raises ConfigError for a folder that is in use."""
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not actions.get("resume"):
-        raise ConfigError("torchrun --max_restarts starts the same command again: add --resume, so that it goes on")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        if not actions.get("resume"):
+            raise ConfigError("torchrun --max_restarts starts the same command again: add --resume, so that it goes on")
+        if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":     # the store would keep the addresses of those before (torch 2.14)
+            raise ConfigError("torchrun --max_restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment: without, processes that are started "
+                              "again may wait for dead ones")
     used, there = out.exists() and any(out.iterdir()), [out / name for name in (CHECKPOINT, PREVIOUS) if (out / name).exists()]
     checkpoint = there[0] if there else None                            # the second alone: killed between two renames
     if actions.get("explain_batch"):                                    # writes beside it
