@@ -202,7 +202,8 @@ def test_machine_code():
     assert len(rows) == 12
     ceiling = {("forward", "fp32"): 18, ("forward", "bf16"): 18, ("backward", "fp32"): 35, ("backward", "bf16"): 41}
     for row in rows:
-        assert row["stack"] == row["spills"] == row["atomics"] == row["fences"] == 0 and row["registers"] <= 96, row
+        capped = "maxnreg" in kernels.options(row["kernel"], row["arch"])       # for more warps; Triton 3.8 pays with three registers, 3.6 and 3.9 with none
+        assert row["atomics"] == row["fences"] == 0 and row["registers"] <= 96 and max(row["stack"], row["spills"]) <= 16 * capped, row
         width = "gathers_64" if (row["kernel"], row["dtype"]) == ("backward", "bf16") else "gathers_128"       # there as wide as the reductions
         assert row[width] >= 8 and (row["reductions"] > 0) == (row["kernel"] == "backward"), row
         if row["arch"] >= 90:
