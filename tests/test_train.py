@@ -38,6 +38,15 @@ SERVER.set_forkserver_preload(["test_train"])
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes that tests start: sums of more threads differ in the last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
