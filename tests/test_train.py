@@ -531,7 +531,7 @@ def test_torchrun_restarts_a_killed_process(shapes, whole_two, tmp_path, kills):
     rng, out = np.random.default_rng(kills), tmp_path / "two"
     for target in np.linspace(4, 10, kills).astype(int):
         process = torchrun(shapes, out, "--max_restarts=3")
-        wait_for(partial(lambda n: steps_logged(out) >= n, target))
+        wait_for(partial(lambda p, n: len(workers_of(p)) == 2 and steps_logged(out) >= n, process, target))      # the log may be that far from before
         before = said(out).count("resumed from")
         os.kill(workers_of(process)[rng.integers(2)], signal.SIGKILL)
         wait_for(partial(lambda n: said(out).count("resumed from") > n, before))
