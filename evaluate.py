@@ -1346,8 +1346,11 @@ def run_of(row: Row, scale: str | None = None, by_hand: dict | None = None) -> R
     if full.backbone != "resnet50" or "hid1024" in row.preset:
         return None
     name = ("" if full.model == "maskdino" else f"{full.model}_") + ("shapes" if full.task == "instance" else f"shapes_{full.task}")
+    small = maskdino.preset(name)
+    if not set(changes.get("attention_strides", ())) <= set(small.levels):                    # small models have no such level
+        return None
     if "queries" in changes:                                                                  # a third is a third
-        changes["queries"] = round(changes["queries"] / full.queries * maskdino.preset(name).queries)
+        changes["queries"] = round(changes["queries"] / full.queries * small.queries)
     return Run(name, SMALL | by_hand | changes)
 
 

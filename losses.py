@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
-WEIGHTS = {"class": 4.0, "l1": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}      # of costs and losses alike (appendix B.1); class: Config.class_weight
+WEIGHTS = {"class": 4.0, "l1": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}      # of costs and losses alike (appendix B.1); the class has two, see Config
 
 # Sampled logits made at once, in the matcher and in the losses (one set's at least): temporaries stay small enough for caches and for memory that is
 # used again. Everything at once needs gigabytes, which an operating system hands out more slowly than they are computed.
@@ -214,7 +214,8 @@ class Criterion(nn.Module):
             self.weights |= {"l1": 0.0, "giou": 0.0}            # still computed, so that the box head stays in the graph
         kinds = {"class": "hybrid box mask", "l1": "hybrid box", "giou": "hybrid box", "mask": "hybrid mask", "dice": "hybrid mask"}
         self.cost_parts = [k for k, uses in kinds.items() if config.matching in uses.split() and self.weights.get(k)]
-        self.matcher = Matcher({part: self.weights[part] for part in self.cost_parts}, config.class_cost)
+        costs = self.weights | {"class": config.class_cost_weight}
+        self.matcher = Matcher({part: costs[part] for part in self.cost_parts}, config.class_cost)
 
     def forward(self, output: Output, targets: list[dict], num_objects: float | None = None, points: dict | None = None) -> tuple[Tensor, dict]:
         """Weighted total and the unweighted parts, {"layer9/mask": scalar, "denoising/layer9/mask": ...}; a cost that is not finite, which makes the
