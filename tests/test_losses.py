@@ -39,6 +39,24 @@ def test_lean_equals_plain(dtype, tolerance, counts, shared):
     assert max((a - b).abs().max() for a, b in zip(lean_gradients, plain_gradients)) / scale < tolerance
 
 
+@pytest.mark.parametrize("cost, chosen", [(0.01, 0), (100.0, 1)])
+def test_the_class_weighs_apart_in_matching_and_loss(cost, chosen):
+    """Of a query with the right mask and one with the right class the matching's weight chooses; the loss has its own."""
+    config = preset("mask2former_shapes", class_weight=7, class_cost_weight=cost, mask_points=64)
+    logits = torch.tensor([[[0.0, 4.0, 0.0], [4.0, 0.0, 0.0]]])
+    embeddings, pixels = torch.tensor([[[9.0], [-9.0]]]), torch.ones(1, 1, 4, 4)
+    pixels[..., 2:] = -1
+    masks = torch.zeros(1, 16, 16, dtype=torch.uint8)
+    masks[..., :8] = 1
+    criterion = Criterion(config)
+    output = losses.Output((16, 16), pixels, {"layer1": losses.Prediction(logits, None, embeddings)}, {}, 0)
+    target = {"labels": torch.tensor([0]), "boxes": torch.tensor([[0.25, 0.5, 0.5, 1.0]]), "masks": masks, "key": 1}
+    total, parts = criterion(output, [target])
+    _, query, _ = criterion.matcher(losses.stack(output.sets), pixels, losses.Truth.of([target], True), torch.rand(1, 1, 64, 2))
+    assert query.item() == chosen and (parts["layer1/mask"] < 1) == (chosen == 0)
+    assert total.item() == pytest.approx(sum({"class": 7, "mask": 5, "dice": 5}[name[7:]] * loss.item() for name, loss in parts.items()))
+
+
 def test_ignored_pixels_take_no_part():
     """Neither in the matching nor in the losses: whatever truth and prediction say there, all stays the same, and no gradient flows there."""
     config = preset("shapes", task="semantic", class_loss="ce", two_stage=False, box_init="token", denoising="none", mask_points=64)

@@ -76,6 +76,8 @@ def test_small_rows_are_the_shapes_preset_with_the_rows_own_overrides():
             preset(run.preset, **run.overrides)
     assert run_of(TABLES["instance"].rows["Swin-L"], "shapes") is None
     assert run_of(TABLES["instance"].rows["50 epochs, without ME, 100 queries"], "shapes").overrides["queries"] == 10
+    assert run_of(TABLES["m2f_scales"].rows["stride 32, instance"], "shapes") is None           # small models have two levels
+    assert run_of(TABLES["m2f_scales"].rows["stride 16, instance"], "shapes").overrides["attention_strides"] == (16,)
     with pytest.raises(ConfigError, match="--scale=tiny"):
         run_of(TABLES["depth"].rows["3 layers"], "tiny")
 
