@@ -8,7 +8,7 @@ As maskdino.py, except
   predicted before (section 3.2); there are no anchor boxes, and an instance's box is that of its mask;
 - queries are learned, and predict before they have seen the image; there is neither query selection nor denoising;
 - a query's class is one of K + 1, the last for no object; matching takes its probability, and class weighs 2 (section 3.3).
-The last is configuration alone (class_loss, class_cost, class_weight). Where released code and paper disagree, a comment says so.
+The last is configuration alone (class_loss, class_cost and the two weights). Where released code and paper disagree, a comment says so.
 
 Notation as in maskdino.py.
 """

@@ -170,7 +170,7 @@ def test_how_much_signal_there_is():
 @pytest.mark.parametrize("encoding", ["binary", "shuffled"])
 def test_masks_without_noise(encoding):
     """At time 0 they are still there: in their rows, among coins."""
-    config, (target,) = tiny(mask_encoding=encoding, noise_scale=100.0), random_targets((3,))
+    config, (target,) = tiny(levels=(8, 16, 32), mask_encoding=encoding, noise_scale=100.0), random_targets((3,))
     draws = dformer.draw_noise(target, config) | {"t": 0}
     fine, coarse = noisy_masks(target, draws, config)
     rows = draws["order"].argsort()[:3]

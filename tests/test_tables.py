@@ -239,7 +239,8 @@ def test_rows_of_mask2former_train_and_evaluate(name, shapes, tmp_path, monkeypa
     rows = {label: row for label, row in TABLES[name].rows.items() if label.endswith(", instance")}
     monkeypatch.setitem(TABLES, name, TABLES[name]._replace(rows=rows))
     table(name, shapes, tmp_path)
-    assert len(list(tmp_path.glob("*/result.json"))) == len(rows)
+    runs = [run for row in rows.values() if (run := run_of(row, "shapes"))]
+    assert len(list(tmp_path.glob("*/result.json"))) == len(runs) >= len(rows) - 1              # none for stride 32
     lines = [line for line in capsys.readouterr().out.splitlines() if "  mask_AP  " in line]
     assert sum("(unchecked)" in line for line in lines) == len(rows) - 1 and "43.7  " in next(line for line in lines if "(unchecked)" not in line)
 
