@@ -213,8 +213,8 @@ class Criterion(nn.Module):
         if config.detection_head and not config.box_loss:
             self.weights |= {"l1": 0.0, "giou": 0.0}            # still computed, so that the box head stays in the graph
         kinds = {"class": "hybrid box mask", "l1": "hybrid box", "giou": "hybrid box", "mask": "hybrid mask", "dice": "hybrid mask"}
-        self.cost_parts = [k for k, uses in kinds.items() if config.matching in uses.split() and self.weights.get(k)]
         costs = self.weights | {"class": config.class_cost_weight}
+        self.cost_parts = [k for k, uses in kinds.items() if config.matching in uses.split() and costs.get(k)]
         self.matcher = Matcher({part: costs[part] for part in self.cost_parts}, config.class_cost)
 
     def forward(self, output: Output, targets: list[dict], num_objects: float | None = None, points: dict | None = None) -> tuple[Tensor, dict]:

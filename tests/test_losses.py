@@ -49,6 +49,7 @@ def test_the_class_weighs_apart_in_matching_and_loss(cost, chosen):
     masks = torch.zeros(1, 16, 16, dtype=torch.uint8)
     masks[..., :8] = 1
     criterion = Criterion(config)
+    assert criterion.cost_parts == Criterion(preset("mask2former_shapes", class_weight=0)).cost_parts == ["class", "mask", "dice"]
     output = losses.Output((16, 16), pixels, {"layer1": losses.Prediction(logits, None, embeddings)}, {}, 0)
     target = {"labels": torch.tensor([0]), "boxes": torch.tensor([[0.25, 0.5, 0.5, 1.0]]), "masks": masks, "key": 1}
     total, parts = criterion(output, [target])
