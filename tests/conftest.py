@@ -15,6 +15,14 @@ import data  # it imports torchvision, and that may import Triton
 
 
 @pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def cityscapes(tmp_path) -> Path:
     """One image of 60 x 40 pixels a split: road (raw id 7), two cars (26), a group of persons (24), and the ego vehicle (1), which is no class."""
     ids = np.full((40, 60), 7)

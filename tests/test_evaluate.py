@@ -28,15 +28,7 @@ H, W = 96, 128
 CATEGORIES = [{"id": 7, "name": "box"}, {"id": 3, "name": "bar"}, {"id": 90, "name": "rod"}]   # neither sorted nor contiguous
 CLASSES = {"names": ["bar", "box", "rod"], "category_ids": [3, 7, 90], "is_thing": [True] * 3}
 IDENTITY = partial(evaluate.resize_for_test, short=H, long=W)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two busy cores and OpenMP's spinning threads make small tensors very slow."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")                      # two busy cores and OpenMP's spinning threads make small tensors very slow
 
 
 def mask_of(box: list) -> np.ndarray:

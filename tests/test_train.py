@@ -36,15 +36,7 @@ PATIENCE = 400                                                          # second
 SERVER = multiprocessing.get_context("forkserver")                      # its processes start in no time: it has imported everything, and computed nothing
 SERVER.set_forkserver_preload(["test_train"])
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the processes that tests start: sums of more threads differ in the last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")                      # as in the processes that tests start: sums of more differ in the last bits
 
 
 @pytest.fixture(scope="module")
